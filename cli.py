@@ -1,0 +1,6 @@
+"""Thin entry: ``python cli.py fit --config recipe.yaml`` is the console script ``dppo``."""
+
+from dppo_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

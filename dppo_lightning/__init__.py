@@ -1,0 +1,1 @@
+"""Reinforcement learning for language models with divergence-based trust regions (DPPO), on PyTorch Lightning."""

@@ -1,0 +1,70 @@
+"""RewardFunction: completions in, one score each out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dppo_lightning.errors import RewardError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a reward may see of one completion: plain data, nothing of the trainer.
+
+    Attributes:
+        prompt: The rendered prompt text.
+        completion: The generated text, without special tokens.
+        answer: The reference answer, if the prompt has one.
+        columns: Extra columns of the prompt's row.
+        finished: Whether the model ended the completion itself (False: cut by the length limit).
+    """
+
+    prompt: str
+    completion: str
+    answer: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A completion's reward, and named parts of it that are logged as ``reward/<name>``."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class RewardFunction(ABC):
+    """Subclass and write ``score``; callers use ``__call__``, which checks what ``score`` returns."""
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | Score]:
+        """Return one finite number (or Score) for each sample, in order."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Score]:
+        """Score and check.
+
+        Raises:
+            RewardError: Wrong count, not a number, NaN or infinite; the message names the reward and the offender.
+        """
+        name = type(self).__name__
+        raw = list(self.score(samples))
+        if len(raw) != len(samples):
+            raise RewardError(f"{name} returned {len(raw)} rewards for {len(samples)} completions: return one for each")
+        return [self._checked(value, index) for index, value in enumerate(raw)]
+
+    def _checked(self, value: float | Score, index: int) -> Score:
+        name = type(self).__name__
+        try:
+            score = value if isinstance(value, Score) else Score(float(value))
+            numbers = {"reward": float(score.value), **{key: float(part) for key, part in score.parts.items()}}
+        except (TypeError, ValueError):
+            raise RewardError(f"{name} returned {value!r} for completion {index}: return a float or a Score") from None
+        for key, number in numbers.items():
+            if not math.isfinite(number):
+                raise RewardError(f"{name} returned {key} = {number} for completion {index}: rewards must be finite")
+        return score
