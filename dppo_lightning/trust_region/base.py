@@ -23,9 +23,10 @@ class TokenStats:
         logp: log pi of the sampled token; carries the gradient.
         rollout_logp: log mu, recorded by the engine when it sampled the token.
         advantage: Advantage of the token's sequence.
-        recomputed_logp: log pi_old, recomputed by the trainer with the weights of rollout time; for regions that need it.
-        topk_logp: log pi at mu's top-K ids and the sampled token.
-        rollout_topk_logp: log mu at the same ids; -inf marks an unused slot.
+        recomputed_logp: log pi_old, recomputed by the trainer with the weights of rollout time; only on request.
+        topk_logp: log pi at mu's K most likely ids, most likely first; the last column is the sampled token.
+        rollout_topk_logp: log mu at the same ids; -inf marks an unused slot (the sampled token's own, when it is
+            among the K already).
         entropy: Entropy of pi, in nats.
         sequence: Index of each token's sequence.
         position: Place of the token in its completion, from 0.
@@ -89,11 +90,8 @@ class TrustRegion(nn.Module):
 
     def describe(self) -> dict[str, str]:
         """Thresholds and anchor for the start table and the run record."""
-        settings = {
-            key: f"{value:g}"
-            for key, value in vars(self).items()
-            if isinstance(value, (int, float)) and key != "training"
-        }
+        numbers = {key: value for key, value in vars(self).items() if isinstance(value, (int, float))}
+        settings = {key: f"{value:g}" for key, value in numbers.items() if key != "training"}
         return {"region": type(self).__name__, **settings, "anchor": self.anchor}
 
 

@@ -35,7 +35,7 @@ class NoTrustRegion(TrustRegion):
 
 
 class PPOClip(TrustRegion):
-    """PPO and GRPO clip: A > 0 stops at r > 1 + epsilon_high, A < 0 at r < 1 - epsilon_low (arXiv 1707.06347, 2402.03300).
+    """PPO and GRPO clip (arXiv 1707.06347): A > 0 stops at r > 1 + epsilon_high, A < 0 at r < 1 - epsilon_low.
 
     Args:
         epsilon_low: In (0, 1).
