@@ -7,10 +7,12 @@ data are N generated tokens, packed one after another without padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -58,3 +60,206 @@ class Completion:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass
+class Group:
+    """The completions of one prompt, with what was made of them. G is their number.
+
+    Attributes:
+        prompt: The prompt.
+        completions: G completions.
+        texts: [G] their text, without special tokens.
+        rewards: [G] float64, or None before the reward verb.
+        reward_parts: name -> [G] float64, the named parts that the reward reported.
+        advantages: [G] float64, or None before the advantage verb.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
+    texts: list[str]
+    rewards: np.ndarray | None = None
+    reward_parts: dict[str, np.ndarray] = field(default_factory=dict)
+    advantages: np.ndarray | None = None
+
+    def sequences(self) -> list[Sequence]:
+        """One training sequence for each completion that has at least one token."""
+        advantages = np.zeros(len(self.completions)) if self.advantages is None else self.advantages
+        return [
+            Sequence.from_completion(self.prompt, completion, float(advantage))
+            for completion, advantage in zip(self.completions, advantages, strict=True)
+            if len(completion) > 0
+        ]
+
+
+@dataclass
+class Sequence:
+    """One row to train on: L token ids, T of which the model generated (T >= 1).
+
+    Attributes:
+        token_ids: [L] int64.
+        generated: [T] int64, ascending places in the row of the generated tokens, each >= 1.
+        rollout_logp: [T] float32, log mu.
+        versions: [T] int64, weight version of each token.
+        advantage: Of the whole sequence.
+        topk_ids: [T, K + 1] int64 or None: mu's K most likely ids, then the sampled token.
+        rollout_topk_logp: [T, K + 1] float32 or None; -inf in the last column when the sampled token is among the K.
+        reference_logp: [T] float32 or None, log-probs under the reference model.
+        recomputed_logp: [T] float32 or None, log-probs under the policy of rollout time, recomputed by the trainer.
+        rollout_hidden: [T, H] or None, the policy's hidden states of rollout time, for full-vocabulary regions.
+    """
+
+    token_ids: np.ndarray
+    generated: np.ndarray
+    rollout_logp: np.ndarray
+    versions: np.ndarray
+    advantage: float = 0.0
+    topk_ids: np.ndarray | None = None
+    rollout_topk_logp: np.ndarray | None = None
+    reference_logp: np.ndarray | None = None
+    recomputed_logp: np.ndarray | None = None
+    rollout_hidden: Tensor | None = None
+
+    @classmethod
+    def from_completion(cls, prompt: Prompt, completion: Completion, advantage: float) -> Sequence:
+        """Lay a prompt and its completion in one row."""
+        prompt_length = len(prompt.token_ids)
+        topk_ids, topk_logp = _with_sampled_column(completion)
+        return cls(
+            token_ids=np.concatenate([np.asarray(prompt.token_ids, np.int64), completion.token_ids]),
+            generated=np.arange(prompt_length, prompt_length + len(completion)),
+            rollout_logp=completion.logp,
+            versions=completion.versions,
+            advantage=advantage,
+            topk_ids=topk_ids,
+            rollout_topk_logp=topk_logp,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of generated tokens, T."""
+        return len(self.generated)
+
+
+def _with_sampled_column(completion: Completion) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Append the sampled token to mu's top K as one more column, unused (-inf) where it is among the K already."""
+    if completion.topk_ids is None or completion.topk_logp is None:
+        return None, None
+    sampled = completion.token_ids[:, None]
+    inside = (completion.topk_ids == sampled).any(axis=1, keepdims=True)
+    sampled_logp = np.where(inside, np.float32(-np.inf), completion.logp[:, None])
+    ids = np.concatenate([completion.topk_ids, sampled], axis=1)
+    return ids, np.concatenate([completion.topk_logp, sampled_logp], axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One micro-batch: B rows of at most L ids, and N generated tokens packed one after another.
+
+    Attributes:
+        input_ids: [B, L] int64, padded on the right.
+        predict_index: [N] int64, place in the flattened rows of the position that predicts each generated token.
+        targets: [N] int64, the generated tokens.
+        rollout_logp: [N] float32, log mu.
+        advantage: [N] float32.
+        weight: [N] float32, the token's share of the optimizer step's loss (the aggregation, see aggregation.py).
+        sequence: [N] int64, index of the token's sequence within the micro-batch.
+        position: [N] int64, place of the token in its completion.
+        version: [N] int64, weight version that sampled the token.
+        real_tokens: Number of ids in the rows that are not padding.
+        topk_ids, rollout_topk_logp: [N, K + 1] or None.
+        reference_logp, recomputed_logp: [N] float32 or None.
+        rollout_hidden: [N, H] or None.
+    """
+
+    input_ids: Tensor
+    predict_index: Tensor
+    targets: Tensor
+    rollout_logp: Tensor
+    advantage: Tensor
+    weight: Tensor
+    sequence: Tensor
+    position: Tensor
+    version: Tensor
+    real_tokens: int
+    topk_ids: Tensor | None = None
+    rollout_topk_logp: Tensor | None = None
+    reference_logp: Tensor | None = None
+    recomputed_logp: Tensor | None = None
+    rollout_hidden: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of generated tokens, N."""
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The same batch with every tensor on ``device``."""
+        moved = {
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(sequences: list[Sequence], weights: np.ndarray) -> TrainingBatch:
+    """Lay sequences out as one micro-batch.
+
+    Args:
+        sequences: B sequences; none makes an empty batch of one padding row, whose loss is a connected zero.
+        weights: [B] share of each of the sequence's tokens in the optimizer step's loss.
+    """
+    width = max((len(sequence.token_ids) for sequence in sequences), default=1)
+    rows = np.zeros((max(len(sequences), 1), width), np.int64)
+    for row, sequence in zip(rows, sequences, strict=False):
+        row[: len(sequence.token_ids)] = sequence.token_ids
+    counts = [sequence.tokens for sequence in sequences]
+    return TrainingBatch(
+        input_ids=torch.from_numpy(rows),
+        predict_index=_joined([i * width + s.generated - 1 for i, s in enumerate(sequences)], torch.int64),
+        targets=_joined([s.token_ids[s.generated] for s in sequences], torch.int64),
+        rollout_logp=_joined([s.rollout_logp for s in sequences], torch.float32),
+        advantage=_joined([np.full(s.tokens, s.advantage) for s in sequences], torch.float32),
+        weight=torch.from_numpy(np.repeat(weights, counts)).float(),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        position=_joined([np.arange(s.tokens) for s in sequences], torch.int64),
+        version=_joined([s.versions for s in sequences], torch.int64),
+        real_tokens=sum(len(s.token_ids) for s in sequences),
+        topk_ids=_joined_if_given([s.topk_ids for s in sequences], torch.int64),
+        rollout_topk_logp=_joined_if_given([s.rollout_topk_logp for s in sequences], torch.float32),
+        reference_logp=_joined_if_given([s.reference_logp for s in sequences], torch.float32),
+        recomputed_logp=_joined_if_given([s.recomputed_logp for s in sequences], torch.float32),
+        rollout_hidden=_hidden_if_given([s.rollout_hidden for s in sequences]),
+    )
+
+
+def split_by_tokens(sequences: list[Sequence], parts: int) -> list[list[Sequence]]:
+    """Split into ``parts`` lists of nearly equal numbers of row tokens, rows of like length together.
+
+    Like lengths together keep padding small; a list may be empty when there are fewer sequences than parts.
+    """
+    order = sorted(sequences, key=lambda sequence: len(sequence.token_ids), reverse=True)
+    lengths = np.array([len(sequence.token_ids) for sequence in order], float)
+    middles = np.cumsum(lengths) - lengths / 2
+    part = np.minimum(middles / max(lengths.sum(), 1) * parts, parts - 1).astype(int)
+    return [[sequence for sequence, owner in zip(order, part, strict=True) if owner == p] for p in range(parts)]
+
+
+def _joined(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).to(dtype) if arrays else torch.empty(0, dtype=dtype)
+
+
+def _joined_if_given(arrays: list[np.ndarray | None], dtype: torch.dtype) -> Tensor | None:
+    """Join an optional statistic; it is given for every sequence or for none."""
+    given = [array for array in arrays if array is not None]
+    if not given:
+        return None
+    if len(given) != len(arrays):
+        raise ValueError(f"a statistic is given for {len(given)} of {len(arrays)} sequences: give it for all or none")
+    return _joined(given, dtype)
+
+
+def _hidden_if_given(tensors: list[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None

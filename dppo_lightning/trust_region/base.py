@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.errors import ConfigError, DPPOError
 
 Anchor = Literal["rollout", "recomputed"]
 Scope = Literal["token", "sequence"]
 
 
+class TokenStatsError(DPPOError, ValueError):
+    """The statistics given to a region are missing, of different lengths, or not finite."""
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """Statistics of N generated tokens, packed: no padding, no mask. All probabilities are float32 logs.
+
+    Half-precision tensors are cast to float32 here, so that no region ever exponentiates in bf16, where the spacing of
+    numbers near 0.7 is 0.004. The rounding that bf16 already did to a log-prob cannot be undone: compute them in fp32.
 
     Attributes:
         logp: log pi of the sampled token; carries the gradient.
@@ -25,6 +32,7 @@ class TokenStats:
         advantage: Advantage of the token's sequence.
         recomputed_logp: log pi_old, recomputed by the trainer with the weights of rollout time; only on request.
         topk_logp: log pi at mu's K most likely ids, most likely first; the last column is the sampled token.
+            For a region that needs "full": log pi at every id, in any order, without a column for the sampled token.
         rollout_topk_logp: log mu at the same ids; -inf marks an unused slot (the sampled token's own, when it is
             among the K already).
         entropy: Entropy of pi, in nats.
@@ -42,6 +50,12 @@ class TokenStats:
     sequence: Int[Tensor, " N"] | None = None
     position: Int[Tensor, " N"] | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+                object.__setattr__(self, field.name, value.float())
+
 
 @dataclass(frozen=True)
 class Surrogate:
@@ -51,11 +65,14 @@ class Surrogate:
         loss: To minimise, before aggregation; differentiable in ``logp``.
         keep: False where the region stopped the update.
         divergence: The region's own measure of how far each token has moved, or None.
+        weight: What multiplies the importance ratio in the gradient (1 where nothing is capped), constant; this is what
+            ``Combined`` multiplies. None for a loss that is differentiable in the ratio.
     """
 
     loss: Float[Tensor, " N"]
     keep: Bool[Tensor, " N"]
     divergence: Float[Tensor, " N"] | None = None
+    weight: Float[Tensor, " N"] | None = None
 
 
 class TrustRegion(nn.Module):
@@ -63,9 +80,14 @@ class TrustRegion(nn.Module):
 
     Override ``forward``, and declare as class attributes what it reads:
 
-    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full"}; what is not needed is not computed.
+    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full"}; what is not needed is not computed. A region that
+      needs "topk" also has an int attribute ``k``: so many ids are asked of the rollout engine.
     - ``scope``: "token" when each token is judged alone (evaluated chunk by chunk inside the head), "sequence" when a
-      token's fate depends on others of its sequence or batch.
+      token's fate depends on others of its sequence or batch; then ``sequence`` and ``position`` are given.
+    - ``composable``: False when the loss is not ``weighted_surrogate``, so that ``Combined`` refuses it.
+
+    Calling a region checks its statistics first (``check_tokens``), on every call: one reduction and one
+    synchronisation.
 
     Args:
         anchor: The distribution that the region measures from: "rollout" (mu) or "recomputed" (pi_old).
@@ -75,36 +97,94 @@ class TrustRegion(nn.Module):
     """
 
     needs: frozenset[str] = frozenset()
-    scope: ClassVar[Scope] = "token"
+    scope: Scope = "token"
+    composable: ClassVar[bool] = True
 
     def __init__(self, anchor: Anchor = "rollout") -> None:
         super().__init__()
-        if anchor not in ("rollout", "recomputed"):
-            raise ConfigError(f'{type(self).__name__}: anchor must be "rollout" or "recomputed", got {anchor!r}')
+        check_choice(self, "anchor", anchor, ("rollout", "recomputed"))
         self.anchor: Anchor = anchor
         if anchor == "recomputed":
             self.needs = self.needs | {"recomputed_logp"}
+
+    def __call__(self, tokens: TokenStats) -> Surrogate:
+        check_tokens(self, tokens)
+        surrogate: Surrogate = super().__call__(tokens)
+        return surrogate
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         raise NotImplementedError
 
     def describe(self) -> dict[str, str]:
-        """Thresholds and anchor for the start table and the run record."""
-        numbers = {key: value for key, value in vars(self).items() if isinstance(value, (int, float))}
-        settings = {key: f"{value:g}" for key, value in numbers.items() if key != "training"}
+        """Name, thresholds and anchor for the start table and the run record."""
+        settings = {
+            key: _as_text(value)
+            for key, value in vars(self).items()
+            if not key.startswith("_")
+            and key not in ("training", "anchor", "scope")
+            and (value is None or isinstance(value, (int, float, str)))
+        }
         return {"region": type(self).__name__, **settings, "anchor": self.anchor}
+
+
+def _as_text(value: float | str | None) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
+    """Refuse statistics that the region would silently turn into a wrong update.
+
+    Raises:
+        TokenStatsError: A statistic that the region needs is missing, tensors differ in length, or a log-prob is not
+            finite (in the top-K tensors -inf is allowed: it marks an unused slot).
+    """
+    required = ["logp", "rollout_logp", "advantage"]
+    required += ["topk_logp", "rollout_topk_logp"] if region.needs & {"topk", "full"} else []
+    required += [name for name in ("recomputed_logp", "entropy") if name in region.needs]
+    required += ["sequence", "position"] if region.scope == "sequence" else []
+    given = {name: getattr(tokens, name) for name in (field.name for field in fields(tokens))}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    name_of_region = type(region).__name__
+
+    missing = [name for name in required if name not in given]
+    if missing:
+        raise TokenStatsError(f"{name_of_region} needs {', '.join(missing)}, which TokenStats does not have")
+
+    lengths = {name: tensor.shape[0] if tensor.ndim else None for name, tensor in given.items()}
+    odd = {name: length for name, length in lengths.items() if length != lengths["logp"]}
+    if odd:
+        raise TokenStatsError(f"{name_of_region}: logp has {lengths['logp']} tokens, but {odd}")
+    if tokens.topk_logp is not None and tokens.rollout_topk_logp is not None:
+        shapes = tuple(tokens.topk_logp.shape), tuple(tokens.rollout_topk_logp.shape)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+            raise TokenStatsError(f"{name_of_region}: topk_logp is {shapes[0]}, rollout_topk_logp {shapes[1]}")
+
+    floating = {name: given[name].detach() for name in required if given[name].is_floating_point()}
+    if not all(tensor.numel() for tensor in floating.values()):
+        return
+    # amax and amin propagate NaN, so two reductions find any non-finite number without a temporary of the tensor's size
+    extremes = [x.amax() if name.endswith("topk_logp") else x.amax() - x.amin() for name, x in floating.items()]
+    if bool(torch.stack([x.float() for x in extremes]).lt(float("inf")).all()):
+        return
+    for name, tensor in floating.items():
+        allowed = torch.isneginf(tensor) if name.endswith("topk_logp") else torch.zeros_like(tensor, dtype=torch.bool)
+        bad = int((~torch.isfinite(tensor) & ~allowed).sum())
+        if bad:
+            raise TokenStatsError(f"{name_of_region}: {name} has {bad} of {tensor.numel()} values that are not finite")
 
 
 def anchor_logp(tokens: TokenStats, anchor: Anchor) -> Float[Tensor, " N"]:
     """Log-probs of the anchor distribution.
 
     Raises:
-        ConfigError: The recomputed anchor is asked for and was not given: never a silent fall-back to the other one.
+        TokenStatsError: The recomputed anchor is asked for and was not given: never a silent fall-back to the other.
     """
     if anchor == "rollout":
         return tokens.rollout_logp
     if tokens.recomputed_logp is None:
-        raise ConfigError('anchor "recomputed" needs recomputed_logp, which was not given')
+        raise TokenStatsError('anchor "recomputed" needs recomputed_logp, which was not given')
     return tokens.recomputed_logp
 
 
@@ -127,8 +207,67 @@ def importance_ratio(tokens: TokenStats, max_ratio: float | None = None) -> Floa
     return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
 
+def weighted_surrogate(
+    tokens: TokenStats,
+    keep: Bool[Tensor, " N"] | None = None,
+    divergence: Float[Tensor, " N"] | None = None,
+    *,
+    anchor: Anchor = "rollout",
+    min_ratio: float | None = None,
+    max_ratio: float | None = None,
+) -> Surrogate:
+    """The surrogate whose gradient is -A * ratio * keep * grad log pi, the ratio held constant and clamped.
+
+    Args:
+        tokens: Statistics of N tokens.
+        keep: False where the update is stopped; None keeps all.
+        divergence: Handed on.
+        anchor: Denominator of the ratio.
+        min_ratio: Floor on the ratio; None for none.
+        max_ratio: Cap on the ratio; None for none.
+    """
+    ratio = (tokens.logp.detach() - anchor_logp(tokens, anchor)).exp()
+    clamped = ratio if min_ratio is None and max_ratio is None else ratio.clamp(min_ratio, max_ratio)
+    if keep is None:
+        keep = torch.ones_like(ratio, dtype=torch.bool)
+    # exactly 1 where nothing is clamped, and finite where the ratio underflows
+    weight = torch.where(clamped == ratio, 1.0, clamped / ratio.clamp(min=torch.finfo(ratio.dtype).tiny))
+    return Surrogate(policy_gradient(tokens, clamped, keep), keep, divergence, weight)
+
+
+def within_bounds(
+    tokens: TokenStats,
+    anchor: Anchor,
+    low: Float[Tensor, " N"] | float,
+    high: Float[Tensor, " N"] | float,
+) -> Bool[Tensor, " N"]:
+    """The one-sided clip of PPO: False iff A > 0 and ratio > high, or A < 0 and ratio < low (both strict)."""
+    ratio = (tokens.logp.detach() - anchor_logp(tokens, anchor)).exp()
+    return ~(((tokens.advantage > 0) & (ratio > high)) | ((tokens.advantage < 0) & (ratio < low)))
+
+
+def moves_outward(tokens: TokenStats) -> Bool[Tensor, " N"]:
+    """A (r - 1) > 0: the update would take the token's probability further away from ``rollout_logp``."""
+    # sign() first: the product of a tiny advantage and a tiny log-ratio underflows to 0
+    return tokens.advantage.sign() * (tokens.logp.detach() - tokens.rollout_logp) > 0
+
+
 def check_positive(owner: TrustRegion, **values: float | None) -> None:
     """Raise ConfigError for a threshold that is given and not > 0."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{type(owner).__name__}: {name} must be > 0, got {value}")
+
+
+def check_choice(owner: TrustRegion, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError for a word that is not one of the choices."""
+    if value not in choices:
+        known = ", ".join(f'"{choice}"' for choice in choices[:-1]) + f' or "{choices[-1]}"'
+        raise ConfigError(f"{type(owner).__name__}: {name} must be {known}, got {value!r}")
+
+
+def check_clip(owner: TrustRegion, epsilon_low: float, epsilon_high: float) -> None:
+    """Raise ConfigError unless 0 < epsilon_low < 1 and epsilon_high > 0."""
+    check_positive(owner, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    if epsilon_low >= 1:
+        raise ConfigError(f"{type(owner).__name__}: epsilon_low must be below 1, got {epsilon_low}")

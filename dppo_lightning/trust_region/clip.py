@@ -1,8 +1,12 @@
-"""Regions that clip or mask by the ratio of the sampled token, and those that do not mask at all."""
+"""Regions that clip, cap or mask by the ratio of the sampled token, and those that do not mask at all."""
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.trust_region.base import (
@@ -11,14 +15,16 @@ from dppo_lightning.trust_region.base import (
     TokenStats,
     TrustRegion,
     anchor_logp,
+    check_choice,
+    check_clip,
     check_positive,
-    importance_ratio,
-    policy_gradient,
+    weighted_surrogate,
+    within_bounds,
 )
 
 
 class NoTrustRegion(TrustRegion):
-    """Importance-weighted policy gradient (PG-IS): every token moves.
+    """Importance-weighted policy gradient (PG-IS): every token moves, with weight r = pi / mu.
 
     Args:
         max_ratio: Cap on the importance weight, > 0; None for no cap.
@@ -30,18 +36,31 @@ class NoTrustRegion(TrustRegion):
         self.max_ratio = max_ratio
 
     def forward(self, tokens: TokenStats) -> Surrogate:
-        keep = torch.ones_like(tokens.logp, dtype=torch.bool)
-        return Surrogate(policy_gradient(tokens, importance_ratio(tokens, self.max_ratio)), keep)
+        return weighted_surrogate(tokens, max_ratio=self.max_ratio)
+
+
+class TruncatedIS(NoTrustRegion):
+    """Truncated importance sampling (TIS; the DPPO paper's "CISPO" baseline, PG-TIS): weight min(r, C), no mask.
+
+    Args:
+        max_ratio: C, > 0. 3 in the DPPO paper (arXiv 2602.04879), 2 in most other code.
+    """
+
+    def __init__(self, max_ratio: float = 3.0) -> None:
+        super().__init__(max_ratio)
 
 
 class PPOClip(TrustRegion):
     """PPO and GRPO clip (arXiv 1707.06347): A > 0 stops at r > 1 + epsilon_high, A < 0 at r < 1 - epsilon_low.
 
+    One ratio is both clipped and used as the weight, as in the paper: r = pi / mu under the rollout anchor,
+    r' = pi / pi_old under the recomputed one (``MiniRL`` masks by r' and weighs by r).
+
     Args:
         epsilon_low: In (0, 1).
         epsilon_high: > 0; 0.28 with epsilon_low 0.2 is "clip-higher" (arXiv 2503.14476).
-        anchor: What the clipped ratio is measured from.
-        max_ratio: Cap on the importance weight, > 0; None for no cap.
+        anchor: Denominator of the ratio.
+        max_ratio: Cap on the weight, > 0; None for no cap.
 
     Raises:
         ConfigError: A value is out of range.
@@ -55,19 +74,176 @@ class PPOClip(TrustRegion):
         max_ratio: float | None = None,
     ) -> None:
         super().__init__(anchor)
-        check_positive(self, epsilon_low=epsilon_low, epsilon_high=epsilon_high, max_ratio=max_ratio)
-        if epsilon_low >= 1:
-            raise ConfigError(f"PPOClip: epsilon_low must be below 1, got {epsilon_low}")
+        check_clip(self, epsilon_low, epsilon_high)
+        check_positive(self, max_ratio=max_ratio)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
         self.max_ratio = max_ratio
 
     def forward(self, tokens: TokenStats) -> Surrogate:
-        anchor = anchor_logp(tokens, self.anchor)
-        with torch.no_grad():
-            ratio = (tokens.logp - anchor).exp()
-            stop_up = (tokens.advantage > 0) & (ratio > 1 + self.epsilon_high)
-            stop_down = (tokens.advantage < 0) & (ratio < 1 - self.epsilon_low)
-            keep = ~(stop_up | stop_down)
-            weight = ratio if self.max_ratio is None else ratio.clamp(max=self.max_ratio)
-        return Surrogate(policy_gradient(tokens, weight, keep), keep)
+        keep = within_bounds(tokens, self.anchor, 1 - self.epsilon_low, 1 + self.epsilon_high)
+        return weighted_surrogate(tokens, keep, anchor=self.anchor, max_ratio=self.max_ratio)
+
+
+class DualClip(TrustRegion):
+    """PPO with a second clip for A < 0 (arXiv 1912.09729): max(-A r, -A clip(r)), and at most -A c when A < 0.
+
+    The published value, differentiable in r; its gradient is zero wherever ``keep`` is False.
+
+    Args:
+        epsilon_low: In (0, 1).
+        epsilon_high: > 0.
+        dual: c, > 1: a token with A < 0 stops at r > c as well. None leaves plain PPO.
+        anchor: Denominator of the ratio.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    composable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        dual: float | None = 3.0,
+        anchor: Anchor = "rollout",
+    ) -> None:
+        super().__init__(anchor)
+        check_clip(self, epsilon_low, epsilon_high)
+        if dual is not None and not dual > 1:
+            raise ConfigError(f"DualClip: dual must be > 1, got {dual}")
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.dual = dual
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        ratio = (tokens.logp - anchor_logp(tokens, self.anchor)).exp()
+        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        loss = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
+        keep = within_bounds(tokens, self.anchor, 1 - self.epsilon_low, 1 + self.epsilon_high)
+        if self.dual is not None:
+            past_dual = (tokens.advantage < 0) & (ratio.detach() > self.dual)
+            loss = torch.where(past_dual, -tokens.advantage * self.dual, loss)
+            keep = keep & ~past_dual
+        return Surrogate(loss, keep)
+
+
+class RelaxedClip(TrustRegion):
+    """PPO clip without a bound for rare tokens (an ablation of arXiv 2602.04879): epsilon = inf where mu < alpha.
+
+    Args:
+        epsilon_low: In (0, 1).
+        epsilon_high: > 0.
+        alpha: Below this mu the bound is lifted; in (0, 1].
+        side: Which bound is lifted: "high" (for A > 0), "low" (for A < 0) or "both".
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        alpha: float = 0.1,
+        side: Literal["high", "low", "both"] = "both",
+    ) -> None:
+        super().__init__()
+        check_clip(self, epsilon_low, epsilon_high)
+        check_choice(self, "side", side, ("high", "low", "both"))
+        if not 0 < alpha <= 1:
+            raise ConfigError(f"RelaxedClip: alpha must be in (0, 1], got {alpha}")
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.alpha = alpha
+        self.side = side
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        rare = tokens.rollout_logp.exp() < self.alpha
+        low: Float[Tensor, " N"] = torch.where(rare & (self.side != "high"), 0.0, 1 - self.epsilon_low)
+        high: Float[Tensor, " N"] = torch.where(rare & (self.side != "low"), float("inf"), 1 + self.epsilon_high)
+        return weighted_surrogate(tokens, within_bounds(tokens, "rollout", low, high))
+
+
+class MiniRL(TrustRegion):
+    """MiniRL (arXiv 2512.01374): the PPO mask is taken on r' = pi / pi_old, the weight in the loss is r = pi / mu.
+
+    The anchor is the recomputed policy by definition.
+
+    Args:
+        epsilon_low: In (0, 1).
+        epsilon_high: > 0.
+        max_ratio: Cap on the weight pi / mu, > 0; None for no cap.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(self, epsilon_low: float = 0.2, epsilon_high: float = 0.28, max_ratio: float | None = None) -> None:
+        super().__init__("recomputed")
+        check_clip(self, epsilon_low, epsilon_high)
+        check_positive(self, max_ratio=max_ratio)
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+        self.max_ratio = max_ratio
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        keep = within_bounds(tokens, "recomputed", 1 - self.epsilon_low, 1 + self.epsilon_high)
+        return weighted_surrogate(tokens, keep, max_ratio=self.max_ratio)
+
+
+class CISPO(TrustRegion):
+    """CISPO (MiniMax-M1, arXiv 2506.13585): no mask, the detached ratio is clipped: sg(min(r, 1 + epsilon_high)).
+
+    Args:
+        epsilon_low: The ratio is at least 1 - epsilon_low; > 0. None, as in the paper's runs, for no floor.
+        epsilon_high: > 0; published values run from 0.28 to 5.
+        anchor: Denominator of the ratio.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(
+        self, epsilon_low: float | None = None, epsilon_high: float = 0.28, anchor: Anchor = "rollout"
+    ) -> None:
+        super().__init__(anchor)
+        check_positive(self, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        floor = None if self.epsilon_low is None else 1 - self.epsilon_low
+        return weighted_surrogate(tokens, anchor=self.anchor, min_ratio=floor, max_ratio=1 + self.epsilon_high)
+
+
+class IcePop(TrustRegion):
+    """IcePop (Ring-1T, arXiv 2510.18855): the mismatch weight k = pi_old / mu is kept inside [low, high], else 0.
+
+    The loss is k r' with r' = pi / pi_old, hence pi / mu. The sign of A plays no part: a token on which trainer and
+    engine disagree is dropped whichever way it would move. Needs both anchors, so there is none to choose.
+
+    Args:
+        low: Least k, >= 0.
+        high: Greatest k, > low.
+
+    Raises:
+        ConfigError: Not 0 <= low < high.
+    """
+
+    needs: frozenset[str] = frozenset({"recomputed_logp"})
+
+    def __init__(self, low: float = 0.5, high: float = 5.0) -> None:
+        super().__init__()
+        if not 0 <= low < high:
+            raise ConfigError(f"IcePop: low and high must satisfy 0 <= low < high, got {low} and {high}")
+        self.low = low
+        self.high = high
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        mismatch = (anchor_logp(tokens, "recomputed") - tokens.rollout_logp).exp()
+        return weighted_surrogate(tokens, (mismatch >= self.low) & (mismatch <= self.high))
+
+    def describe(self) -> dict[str, str]:
+        return {**super().describe(), "anchor": "rollout and recomputed"}

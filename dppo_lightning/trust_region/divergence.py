@@ -1,13 +1,22 @@
-"""Regions that mask by a divergence between the rollout policy and the current one (DPPO, arXiv 2602.04879)."""
+"""Regions that mask by a divergence between the rollout policy and the current one (DPPO, arXiv 2602.04879).
+
+The theory that they rest on, with xi = max |R|, horizon T and gamma = 1:
+
+    J(pi) - J(mu) >= L'_mu(pi) - 2 xi T (T-1) (max_s TV)^2        (7)
+    J(pi) - J(mu) >= L'_mu(pi) - 4 xi sum_t E TV                  (8)
+
+and E_mu |r - 1| / 2 = TV (11): PPO's |r - 1| <= epsilon bounds a one-sample estimate of 2 TV.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
     Surrogate,
@@ -15,8 +24,8 @@ from dppo_lightning.trust_region.base import (
     TrustRegion,
     anchor_logp,
     check_positive,
-    importance_ratio,
-    policy_gradient,
+    moves_outward,
+    weighted_surrogate,
 )
 
 
@@ -55,18 +64,29 @@ class DivergenceMask(TrustRegion):
     def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
         raise NotImplementedError
 
+    def outward(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
+        """Where the update would take the token further out: A (r - 1) > 0, by the sampled token."""
+        return moves_outward(tokens)
+
     def forward(self, tokens: TokenStats) -> Surrogate:
         with torch.no_grad():
             anchored = replace(tokens, rollout_logp=anchor_logp(tokens, self.anchor))
             divergence = self.divergence(anchored)
-            moves_out = tokens.advantage * (tokens.logp - anchored.rollout_logp) > 0
             threshold = torch.where(tokens.advantage > 0, self.delta_high, self.delta_low)
-            keep = ~(moves_out & (divergence > threshold))
-        return Surrogate(policy_gradient(tokens, importance_ratio(tokens, self.max_ratio), keep), keep, divergence)
+            keep = ~(self.outward(anchored) & (divergence > threshold))
+        return weighted_surrogate(tokens, keep, divergence, max_ratio=self.max_ratio)
 
 
 class BinaryTV(DivergenceMask):
-    """Total variation of "this token or any other": |mu - pi| (eq. 13, without the factor 1/2). The paper's default."""
+    """Total variation of "this token or any other": |mu - pi| (eq. 13, without the factor 1/2). The paper's default.
+
+    Args:
+        delta: 0.15 in the paper's stability study and with LoRA, 0.2 in its scaling runs.
+        delta_low: Threshold for tokens with A < 0; ``delta`` when None.
+        delta_high: Threshold for tokens with A > 0; ``delta`` when None.
+        max_ratio: Cap C on the importance weight: None in the stability study, 5 in the scaling runs.
+        anchor: "recomputed" is the paper's DPPO-recompute ablation.
+    """
 
     def __init__(
         self,
@@ -83,7 +103,15 @@ class BinaryTV(DivergenceMask):
 
 
 class BinaryKL(DivergenceMask):
-    """KL(mu || pi) of "this token or any other": mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)) (eq. 14)."""
+    """KL(mu || pi) of "this token or any other": mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)) (eq. 14).
+
+    Args:
+        delta: 0.05 in the paper.
+        delta_low: Threshold for tokens with A < 0; ``delta`` when None.
+        delta_high: Threshold for tokens with A > 0; ``delta`` when None.
+        max_ratio: Cap C on the importance weight.
+        anchor: "recomputed" is the paper's DPPO-recompute ablation.
+    """
 
     def __init__(
         self,
@@ -96,10 +124,36 @@ class BinaryKL(DivergenceMask):
         super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
 
     def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
-        mu = tokens.rollout_logp.exp()
-        taken = mu * (tokens.rollout_logp - tokens.logp)
-        others = (1 - mu) * (log_complement(tokens.rollout_logp) - log_complement(tokens.logp))
-        return (taken + others).clamp(min=0)
+        return binary_kl(tokens.rollout_logp, tokens.logp)
+
+
+class MinimalMask(TrustRegion):
+    """The smallest mask that stabilises PG-IS in the paper (arXiv 2602.04879, section 5.3): A < 0 and mu - pi >= delta.
+
+    Args:
+        delta: In (0, 1].
+
+    Raises:
+        ConfigError: ``delta`` is out of range.
+    """
+
+    def __init__(self, delta: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < delta <= 1:
+            raise ConfigError(f"MinimalMask: delta must be in (0, 1], got {delta}")
+        self.delta = delta
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        fall = tokens.rollout_logp.exp() - tokens.logp.detach().exp()
+        return weighted_surrogate(tokens, ~((tokens.advantage < 0) & (fall >= self.delta)), fall.abs())
+
+
+def binary_kl(rollout_logp: Float[Tensor, " N"], logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """KL(mu || pi) of the sampled token against all others, finite and >= 0 up to mu, pi = 1."""
+    mu = rollout_logp.exp()
+    taken = mu * (rollout_logp - logp)
+    others = (1 - mu) * (log_complement(rollout_logp) - log_complement(logp))
+    return (taken + others).clamp(min=0)
 
 
 def log_complement(logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

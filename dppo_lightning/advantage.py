@@ -1,0 +1,80 @@
+"""AdvantageEstimator: rewards of groups in, one advantage for each completion out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from dppo_lightning.errors import ConfigError
+
+
+class AdvantageEstimator(ABC):
+    """Subclass and write ``estimate``; a per-group baseline subclasses ``GroupBaseline`` instead.
+
+    ``minimum_samples`` is the smallest ``samples_per_prompt`` with which the estimator says anything.
+    """
+
+    minimum_samples: int = 1
+
+    @abstractmethod
+    def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Advantages of one rollout: for each group its [G] rewards in, its [G] advantages out (float64)."""
+
+    def check(self, samples_per_prompt: int) -> None:
+        """Refuse a group size with which every advantage would be zero.
+
+        Raises:
+            ConfigError: ``samples_per_prompt`` is below ``minimum_samples``.
+        """
+        if samples_per_prompt < self.minimum_samples:
+            raise ConfigError(
+                f"{type(self).__name__} compares the completions of a prompt with each other: "
+                f"set data.samples_per_prompt to at least {self.minimum_samples}, got {samples_per_prompt}"
+            )
+
+
+class GroupBaseline(AdvantageEstimator):
+    """Base of the estimators that look at one group at a time; subclasses write ``of_group``."""
+
+    minimum_samples = 2
+
+    @abstractmethod
+    def of_group(self, rewards: np.ndarray) -> np.ndarray:
+        """[G] rewards of one group to [G] advantages."""
+
+    def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.of_group(np.asarray(group, np.float64)) for group in rewards]
+
+
+class GroupMean(GroupBaseline):
+    """Reward minus the group's mean, not divided by the standard deviation (DPPO; Dr.GRPO, arXiv 2503.20783)."""
+
+    def of_group(self, rewards: np.ndarray) -> np.ndarray:
+        return rewards - rewards.mean()
+
+
+class GroupMeanStd(GroupBaseline):
+    """Reward minus the group's mean, divided by its sample standard deviation (GRPO, arXiv 2402.03300).
+
+    Args:
+        tolerance: Groups whose standard deviation is at most this get zero advantages; >= 0.
+    """
+
+    def __init__(self, tolerance: float = 1e-6) -> None:
+        if not tolerance >= 0:
+            raise ConfigError(f"GroupMeanStd: tolerance must be >= 0, got {tolerance}")
+        self.tolerance = tolerance
+
+    def of_group(self, rewards: np.ndarray) -> np.ndarray:
+        deviation = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
+        return (rewards - rewards.mean()) / deviation if deviation > self.tolerance else np.zeros_like(rewards)
+
+
+class LeaveOneOut(GroupBaseline):
+    """Reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740)."""
+
+    def of_group(self, rewards: np.ndarray) -> np.ndarray:
+        count = len(rewards)
+        return (rewards - rewards.mean()) * count / (count - 1) if count > 1 else np.zeros_like(rewards)

@@ -1,0 +1,20 @@
+"""RunCallback: a Lightning callback that also sees rollouts."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from dppo_lightning.batch import Group
+
+
+class RunCallback(pl.Callback):
+    """Override what you need, Lightning's own hooks included."""
+
+    def on_generation_progress(self, trainer: pl.Trainer, done: int, total: int) -> None:
+        """Called now and then while a rollout is generated: completions finished, and asked for."""
+
+    def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
+        """Called with every training rollout, rewarded and with advantages, before its first optimizer step."""
+
+    def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
+        """Called with the rewarded completions of every held-out evaluation."""

@@ -1,0 +1,63 @@
+"""StartTable: what is about to be trained, and how, on one screen; and the same as a file in the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.table import Table
+
+from dppo_lightning.module import DPPOModule
+
+
+class StartTable(pl.Callback):
+    """Prints the table when training starts and writes it to ``start.txt``."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DPPOModule)
+        table = Table(show_header=False, title="dppo fit")
+        for row in start_rows(trainer, pl_module):
+            table.add_row(*row)
+        Console().print(table)
+        path = Path(trainer.default_root_dir) / "start.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            Console(file=file, width=120).print(table)
+
+
+def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]:
+    """(what, value) rows of the table."""
+    data = module.data
+    assert module.policy is not None
+    parameters = sum(parameter.numel() for parameter in module.policy.parameters())
+    region = ", ".join(f"{k}={v}" for k, v in module.region.describe().items() if k not in ("region", "anchor"))
+    per_step = data.prompts_per_step * data.samples_per_prompt
+    passes = trainer.max_steps * data.prompts_per_step / len(data.train_prompts)
+    reference = f"{module.kl.kind} in the {module.kl.where}, beta {module.kl.coefficient:g}"
+    engine = data.engine.health().description
+    return [
+        ("model", f"{module.policy_name} ({_count(parameters)} parameters, {trainer.precision})"),
+        ("trust region", f"{type(module.region).__name__}({region})"),
+        ("anchor", f"{module.region.anchor} policy"),
+        ("KL to reference", reference if module.kl.coefficient > 0 else "none"),
+        ("advantage, aggregation", f"{type(module.advantage).__name__}, {module.aggregation}"),
+        ("engine", f"{engine}, {data.rollout_dtype}"),
+        ("prompts", f"{len(data.train_prompts)} for training, {len(data.heldout_prompts)} held out"),
+        ("prompts_per_step", str(data.prompts_per_step)),
+        ("samples_per_prompt", str(data.samples_per_prompt)),
+        ("steps_per_rollout", str(data.steps_per_rollout)),
+        ("  completions per step", f"{per_step} in {trainer.accumulate_grad_batches} micro-batch(es)"),
+        ("  completions per rollout", str(per_step * data.steps_per_rollout)),
+        ("  steps", f"{trainer.max_steps} ({passes:.2g} passes over the training prompts)"),
+        ("run directory", str(trainer.default_root_dir)),
+    ]
+
+
+def _count(number: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)

@@ -1,0 +1,156 @@
+"""The command line: ``dppo fit | validate | test | generate | prepare``."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from datetime import datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from dppo_lightning import trust_region
+from dppo_lightning.callbacks.completions import CompletionLog
+from dppo_lightning.callbacks.curves import Curves
+from dppo_lightning.callbacks.heldout import HeldOutEvaluation
+from dppo_lightning.callbacks.progress import RunProgressBar
+from dppo_lightning.callbacks.run_record import RunRecord, check_unused
+from dppo_lightning.callbacks.start_table import StartTable
+from dppo_lightning.callbacks.summary import Summary
+from dppo_lightning.errors import ConfigError, DPPOError
+from dppo_lightning.generation import GeneratingTrainer
+from dppo_lightning.module import DPPOModule
+from dppo_lightning.prepare import prepare
+from dppo_lightning.rollout.datamodule import RolloutDataModule
+
+DEFAULT_RUN_DIR = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "devices": 1,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,  # the held-out evaluation before the first step is a full one, and logged
+    "enable_model_summary": False,  # the start table says it
+}
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports what is wrong with a configuration in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # jsonargparse tries alternatives of a type by such parsers
+            super().error(message, ex)
+        raise ConfigError(explain(message, self))
+
+
+class DPPOCommandLine(LightningCLI):
+    """LightningCLI with a run directory, the callbacks that every run has, and ``generate``."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            DPPOModule,
+            RolloutDataModule,
+            trainer_class=GeneratingTrainer,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},  # a directory that holds a run was refused before, unless resumed
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "dppo"},
+            parser_class=OneLineParser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        lightning = LightningCLI.subcommands()
+        return {name: lightning[name] for name in ("fit", "validate", "test")} | {"generate": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.filename": "{step}"})
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+            check_unused(Path(self._get(self.config, "run_dir")))
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add what every run has: CSV and TensorBoard beside the configured loggers, and the standard callbacks."""
+        config = self._get(self.config_init, "trainer")
+        run_dir = config["default_root_dir"]
+        configured = config.get("logger")
+        more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
+        loggers = [
+            CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1),
+            TensorBoardLogger(run_dir, name="tensorboard", version=""),
+            *more,
+        ]
+        callbacks = [*(config.get("callbacks") or []), *standard_callbacks()]
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+
+
+def standard_callbacks() -> list[pl.Callback]:
+    """What every run records and shows."""
+    return [StartTable(), HeldOutEvaluation(), CompletionLog(), RunProgressBar(), Summary(), Curves()]
+
+
+def prepare_parser() -> LightningArgumentParser:
+    """Parser of ``dppo prepare``."""
+    parser = OneLineParser(prog="dppo prepare", description="Write a starting model as a Hugging Face folder.")
+    parser.add_function_arguments(prepare, as_positional=True)
+    return parser
+
+
+def explain(message: str, parser: LightningArgumentParser) -> str:
+    """What jsonargparse reports, as one line, with the known names where a name is unknown."""
+    line = " ".join(message.split())
+    unknown_key = re.search(r"[Kk]ey [\"']?([\w.]+)[\"']? is not expected|Unrecognized arguments?: (\S+)", line)
+    if unknown_key:
+        key = (unknown_key[1] or unknown_key[2]).lstrip("-").split("=")[0]
+        known = [action.dest for action in parser._actions]
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "see `dppo fit --help` for the known ones"
+        return f"unknown config key {key!r}: {hint}"
+    if "trust_region" in line and re.search(r"class_path|[Ii]mport path|not a subclass|ImportError", line):
+        return f"unknown trust region; known: {', '.join(known_regions())}; or the class_path of your own. ({line})"
+    return line
+
+
+def known_regions() -> list[str]:
+    """Names of the trust regions that come with the library."""
+    return sorted(
+        name
+        for name in trust_region.__all__
+        if isinstance(region := getattr(trust_region, name), type)
+        and issubclass(region, trust_region.TrustRegion)
+        and region not in (trust_region.TrustRegion, trust_region.DivergenceMask)
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``dppo``: a mistake of the user's ends in one line and exit code 2, without a traceback."""
+    arguments = sys.argv[1:] if args is None else args
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        if arguments[:1] == ["prepare"]:
+            chosen = prepare_parser().parse_args(arguments[1:])
+            prepare(**chosen.as_dict())
+        else:
+            DPPOCommandLine(arguments)
+    except DPPOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

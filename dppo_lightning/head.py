@@ -1,0 +1,379 @@
+"""PolicyHead: the only place where logits exist, one chunk of tokens at a time.
+
+Hidden states of the positions that predict a generated token go in; a scalar loss and per-token statistics come out.
+The gradient is formed in the forward pass, chunk by chunk: logits -> statistics -> region -> dloss/dlogits ->
+dloss/dhidden and dloss/dweight, so each chunk of logits is computed once and forgotten: 6 N H V floating-point
+operations in all, and no [N, V] tensor. Nothing couples two chunks, because the aggregation is a fixed weight for
+every token. A region of scope "sequence" costs one more pass, 8 N H V: log-probs of all tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.objective import Objective, TokenLoss
+from dppo_lightning.trust_region.base import TokenStats
+from dppo_lightning.trust_region.divergence import DivergenceMask
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
+
+    Args:
+        scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: cap * tanh(z / cap) (Gemma's ``final_logit_softcapping``); None for none.
+        temperature: Of sampling, > 0.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def of_model(cls, config: Any, temperature: float) -> LogitTransform:
+        """Read a Hugging Face config."""
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None), temperature)
+
+    def apply_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Transform in place."""
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z.div_(self.temperature) if self.temperature != 1.0 else z
+
+    def backward_(self, grad: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """dloss/dz from dloss/dlogits, in place; ``logits`` is what ``apply_`` returned."""
+        if self.softcap is not None:
+            tanh = logits * (self.temperature / self.softcap)
+            grad.mul_(1 - tanh.square_())
+        factor = self.scale / self.temperature
+        return grad.mul_(factor) if factor != 1.0 else grad
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Per-token statistics, all detached, and the step's share of the loss.
+
+    Attributes:
+        loss: [] weighted sum of the token losses; carries the gradient to hidden states and weight.
+        logp: [N] float32 log pi of the sampled tokens.
+        token_loss: [N] before aggregation.
+        keep: [N] False where the region stopped the update.
+        divergence: [N] or None.
+        entropy: [N] in nats.
+        kl: [N] to the reference, or None.
+        diagnostics: name -> [N], divergences asked for beside the region's own.
+    """
+
+    loss: Float[Tensor, ""]
+    logp: Float[Tensor, " N"]
+    token_loss: Float[Tensor, " N"]
+    keep: Bool[Tensor, " N"]
+    divergence: Float[Tensor, " N"] | None
+    entropy: Float[Tensor, " N"]
+    kl: Float[Tensor, " N"] | None
+    diagnostics: Mapping[str, Float[Tensor, " N"]]
+
+
+class PolicyHead(nn.Module):
+    """Log-probs, region and gradient over a language model's output projection.
+
+    The head holds the projection's own parameters (the same objects, so tied embeddings stay tied) and every use goes
+    through ``forward``: hooks that gather sharded parameters fire for it.
+
+    Args:
+        projection: The model's output projection, ``weight`` [V, H] and optional ``bias`` [V].
+        transform: From its product to the logits that are sampled from.
+        logits_mib: Memory of one chunk of fp32 logits, in MiB; a chunk holds at least one token. About three chunks
+            are alive at a time.
+    """
+
+    def __init__(self, projection: nn.Module, transform: LogitTransform, logits_mib: int = 64) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = getattr(projection, "bias", None)
+        self.transform = transform
+        self.logits_mib = logits_mib
+        self.rollout_weight: Tensor | None = None
+        self.rollout_bias: Tensor | None = None
+
+    def remember_rollout(self) -> None:
+        """Keep a copy of the projection as it is now, for regions that compare whole distributions ("full")."""
+        self.rollout_weight = self.weight.detach().clone()
+        self.rollout_bias = None if self.bias is None else self.bias.detach().clone()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "N H"],
+        batch: TrainingBatch,
+        objective: Objective | None = None,
+        diagnostics: Mapping[str, DivergenceMask] | None = None,
+    ) -> HeadOutput | Float[Tensor, " N"]:
+        """Loss and statistics under ``objective``; with no objective only the log-probs, [N] without gradient."""
+        if objective is None:
+            with torch.no_grad():
+                return self._logp(hidden, batch)
+        work = _Work(self, batch, objective, diagnostics or {})
+        loss = _GradientInForward.apply(hidden, self.weight, self.bias, work)
+        return work.output(loss)
+
+    def _logp(self, hidden: Float[Tensor, "N H"], batch: TrainingBatch) -> Float[Tensor, " N"]:
+        logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for rows in self.chunks(len(hidden)):
+            logits = self.logits(hidden[rows], self.weight, self.bias)
+            logp[rows] = _gather(logits, batch.targets[rows]) - logits.logsumexp(dim=-1)
+        return logp
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """Slices of at most as many tokens as the memory budget allows; one empty slice where there are no tokens."""
+        size = max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
+        return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
+
+    def logits(
+        self, hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+    ) -> Float[Tensor, "n V"]:
+        """Float32 logits of a few tokens; the product is in the weight's dtype (in autocast's, where that is on)."""
+        dtype = _product_dtype(weight)
+        product = hidden.to(dtype) @ weight.to(dtype).t()
+        if bias is not None:
+            product += bias.to(dtype)
+        return self.transform.apply_(product.float())
+
+
+class _Work:
+    """One call of the head: walks the chunks, collects statistics and gradients."""
+
+    def __init__(
+        self,
+        head: PolicyHead,
+        batch: TrainingBatch,
+        objective: Objective,
+        diagnostics: Mapping[str, DivergenceMask],
+    ) -> None:
+        self.head = head
+        self.batch = batch
+        self.objective = objective
+        self.diagnostics = diagnostics
+        self.needs = objective.region.needs.union(*(region.needs for region in diagnostics.values()))
+        self.collected: dict[str, list[Tensor]] = {}
+
+    def run(
+        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The loss, and its gradient with respect to hidden states, weight and bias."""
+        grads = _Gradients(hidden, weight, bias)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        planned = self._plan_sequences(hidden, weight, bias) if self.objective.region.scope == "sequence" else None
+        for rows in self.head.chunks(len(hidden)):
+            logits = self.head.logits(hidden[rows], weight, bias)
+            normalised = logits - logits.logsumexp(dim=-1, keepdim=True)
+            probabilities = normalised.exp()
+            if planned is None:
+                tokens = self._tokens(rows, normalised, probabilities, hidden)
+                chunk_loss, grad_logp, grad_entropy = self._differentiate(tokens, rows, normalised)
+                loss += chunk_loss
+            else:
+                grad_logp, grad_entropy = planned.grad_logp[rows], planned.grad_entropy
+                grad_entropy = None if grad_entropy is None else grad_entropy[rows]
+                if self.diagnostics:
+                    self._diagnose(self._tokens(rows, normalised, probabilities, hidden), rows, normalised)
+            grad = _logit_gradient_(normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy)
+            grads.add(rows, self.head.transform.backward_(grad, logits), hidden[rows])
+        if planned is not None:
+            loss = planned.loss
+        return loss, grads.hidden, grads.weight, grads.bias
+
+    def _tokens(
+        self,
+        rows: slice,
+        normalised: Float[Tensor, "n V"],
+        probabilities: Float[Tensor, "n V"],
+        hidden: Float[Tensor, "N H"],
+    ) -> TokenStats:
+        batch = self.batch
+        topk_logp = rollout_topk = None
+        if "topk" in self.needs and batch.topk_ids is not None:
+            topk_logp, rollout_topk = normalised.gather(1, batch.topk_ids[rows]), _rows(batch.rollout_topk_logp, rows)
+        return TokenStats(
+            logp=_gather(normalised, batch.targets[rows]),
+            rollout_logp=batch.rollout_logp[rows],
+            advantage=batch.advantage[rows],
+            recomputed_logp=_rows(batch.recomputed_logp, rows),
+            topk_logp=topk_logp,
+            rollout_topk_logp=rollout_topk,
+            entropy=-(probabilities * normalised).sum(dim=-1),
+            sequence=batch.sequence[rows],
+            position=batch.position[rows],
+        )
+
+    def _with_whole_vocabulary(self, tokens: TokenStats, rows: slice, normalised: Float[Tensor, "n V"]) -> TokenStats:
+        """Top-K statistics of width V: both distributions whole, mu's rebuilt from what was kept of rollout time."""
+        head, batch = self.head, self.batch
+        if batch.rollout_hidden is None or head.rollout_weight is None:
+            return tokens
+        rollout = head.logits(batch.rollout_hidden[rows], head.rollout_weight, head.rollout_bias)
+        rollout -= rollout.logsumexp(dim=-1, keepdim=True)
+        return _replaced(tokens, topk_logp=normalised, rollout_topk_logp=rollout)
+
+    def _differentiate(
+        self, tokens: TokenStats, rows: slice | None, normalised: Float[Tensor, "n V"] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weighted loss of these tokens and its derivatives by log-prob and entropy; statistics are collected."""
+        every = slice(None) if rows is None else rows
+        with torch.enable_grad():
+            logp = tokens.logp.detach().requires_grad_()
+            entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
+            leaf = _replaced(tokens, logp=logp, entropy=entropy)
+            if "full" in self.objective.region.needs and normalised is not None:
+                leaf = self._with_whole_vocabulary(leaf, every, normalised)
+            result = self.objective(leaf, _rows(self.batch.reference_logp, every))
+            total = (self.batch.weight[every] * result.loss).sum()
+            grad_logp, grad_entropy = torch.autograd.grad(
+                total, (logp, entropy if entropy is not None else logp), allow_unused=True
+            )
+        self._collect(tokens, result)
+        if normalised is not None and self.diagnostics:
+            self._diagnose(tokens, every, normalised)
+        grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
+        return total.detach(), grad_logp, grad_entropy if entropy is not None else None
+
+    def _diagnose(self, tokens: TokenStats, rows: slice, normalised: Float[Tensor, "n V"]) -> None:
+        for name, region in self.diagnostics.items():
+            seen = self._with_whole_vocabulary(tokens, rows, normalised) if "full" in region.needs else tokens
+            self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(seen))
+
+    def _collect(self, tokens: TokenStats, result: TokenLoss) -> None:
+        found = {
+            "logp": tokens.logp,
+            "token_loss": result.loss,
+            "keep": result.surrogate.keep,
+            "divergence": result.surrogate.divergence,
+            "entropy": tokens.entropy,
+            "kl": result.kl,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self.collected.setdefault(name, []).append(value.detach())
+
+    def _plan_sequences(
+        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+    ) -> _Planned:
+        """First pass of a sequence-scope region: statistics of every token, the region on all of them at once."""
+        pieces: list[TokenStats] = []
+        for rows in self.head.chunks(len(hidden)):
+            logits = self.head.logits(hidden[rows], weight, bias)
+            logits -= logits.logsumexp(dim=-1, keepdim=True)
+            pieces.append(self._tokens(rows, logits, logits.exp(), hidden))
+        loss, grad_logp, grad_entropy = self._differentiate(_concatenated(pieces), None, None)
+        return _Planned(loss, grad_logp, grad_entropy)
+
+    def output(self, loss: Tensor) -> HeadOutput:
+        """Join what the chunks collected."""
+        joined = {name: torch.cat(values) for name, values in self.collected.items()}
+        return HeadOutput(
+            loss=loss,
+            logp=joined["logp"],
+            token_loss=joined["token_loss"],
+            keep=joined["keep"],
+            divergence=joined.get("divergence"),
+            entropy=joined["entropy"],
+            kl=joined.get("kl"),
+            diagnostics={name: joined[f"diagnostics/{name}"] for name in self.diagnostics},
+        )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    loss: Tensor
+    grad_logp: Float[Tensor, " N"]
+    grad_entropy: Float[Tensor, " N"] | None
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias; those of the parameters are summed in fp32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.product_weight = weight.detach().to(_product_dtype(weight))
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, rows: slice, grad: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
+        dtype = self.product_weight.dtype
+        product = grad.to(dtype)
+        self.hidden[rows] = product @ self.product_weight
+        if dtype == torch.float32:
+            self.weight.addmm_(product.t(), hidden.float())
+        else:
+            self.weight += product.t() @ hidden.to(dtype)
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """A scalar whose gradients are ready when it is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
+        dtype = _product_dtype(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            product_weight = weight.to(dtype)
+            loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias)
+        ctx.save_for_backward(
+            grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        return *(None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors), None
+
+
+def _logit_gradient_(
+    normalised: Float[Tensor, "n V"],
+    probabilities: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    grad_logp: Float[Tensor, " n"],
+    grad_entropy: Float[Tensor, " n"] | None,
+) -> Float[Tensor, "n V"]:
+    """dloss/dlogits = g (1[target] - p) - e p (log p + H), written over ``probabilities``."""
+    if grad_entropy is None:
+        probabilities.mul_(-grad_logp[:, None])
+    else:
+        entropy = -(probabilities * normalised).sum(dim=-1, keepdim=True)
+        probabilities.mul_(-grad_logp[:, None] - grad_entropy[:, None] * (normalised + entropy))
+    return probabilities.scatter_add_(1, targets[:, None], grad_logp[:, None])
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the head's matrix products: autocast's where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _gather(table: Float[Tensor, "n V"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return table.gather(1, ids[:, None]).squeeze(1)
+
+
+def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
+    return None if value is None else value[rows]
+
+
+def _replaced(tokens: TokenStats, **changes: Tensor | None) -> TokenStats:
+    return TokenStats(**{**{item.name: getattr(tokens, item.name) for item in fields(tokens)}, **changes})
+
+
+def _concatenated(pieces: list[TokenStats]) -> TokenStats:
+    columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
+    return TokenStats(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})

@@ -1,0 +1,116 @@
+"""Every logged name, defined once with its meaning, and the means over an optimizer step's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
+
+from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.head import HeadOutput
+
+GLOSSARY: dict[str, str] = {
+    "train/reward": "mean reward of the step's completions",
+    "train/reward_std": "standard deviation of the step's rewards",
+    "train/length": "mean completion length, in tokens",
+    "train/truncated": "share of completions cut by max_new_tokens",
+    "train/no_signal": "share of groups whose rewards are all equal, which teach nothing",
+    "train/failed": "requests that the engine could not serve",
+    "train/loss": "the step's loss, under the configured aggregation",
+    "train/surrogate": "mean over tokens of keep x ratio x advantage, the objective of DPPO eq. 12",
+    "train/masked_share": "share of tokens that the region stopped",
+    "train/masked_share_positive": "share of the tokens with advantage > 0 that the region stopped",
+    "train/masked_share_negative": "share of the tokens with advantage < 0 that the region stopped",
+    "train/moved_negative_share": "share of the tokens with advantage < 0 and mu - pi > 0.5 (DPPO section 5.3)",
+    "train/mismatch_tv": "mean |pi - mu| of the sampled tokens: staleness and engine mismatch together",
+    "train/mismatch_kl": "mean r - 1 - log r, an estimate of KL(mu || pi) that is never negative",
+    "train/ratio_max": "largest importance ratio pi / mu in the step",
+    "train/divergence": "mean of the region's own divergence",
+    "train/divergence_max": "largest of the region's own divergence",
+    "train/entropy": "mean entropy of the policy at the generated positions, in nats",
+    "train/kl_reference": "mean estimated KL to the reference model",
+    "train/staleness": "mean age of the step's tokens, in optimizer steps",
+    "train/grad_norm": "norm of the gradient before clipping",
+    "train/learning_rate": "learning rate of the step",
+    "train/tokens": "generated tokens trained on in the step",
+    "perf/padding_waste": "share of the forward pass's positions that are padding",
+    "perf/generated_tokens_per_s": "generated tokens per second of generation",
+    "perf/trained_tokens_per_s": "generated tokens per second of training",
+    "time/generate": "seconds of generation, of the rollout that the step begins",
+    "time/reward": "seconds of reward functions, of the rollout that the step begins",
+    "time/annotate": "seconds of no-gradient passes before a rollout's first step: reference and recomputed log-probs",
+    "time/train": "seconds of forward, backward and optimizer of the step",
+    "time/sync": "seconds of the weight update and parity probe after the rollout's last step",
+    "sync/parity_error": "largest |log-prob of the engine - log-prob of the trainer| on the probe sequence",
+    "sync/bytes": "bytes of weights sent to the engine",
+    "heldout/reward": "mean held-out reward",
+    "heldout/avg_at_k": "share of held-out completions that are solved (reward >= solved_at)",
+    "heldout/pass_at_k": "share of held-out prompts with at least one solved completion among k",
+    "heldout/length": "mean length of held-out completions, in tokens",
+}
+"""Beside these: ``train/part/<name>`` and ``heldout/part/<name>``, the named parts of the reward, and
+``diagnostics/<divergence>``, divergences measured beside the region's own."""
+
+
+def check_names(values: Mapping[str, float]) -> Mapping[str, float]:
+    """Return ``values``; KeyError for a name that the glossary does not know, so that no metric goes undocumented."""
+    for name in values:
+        if name not in GLOSSARY and not name.startswith(("train/part/", "heldout/part/", "diagnostics/")):
+            raise KeyError(f"metric {name!r} is not in metrics.GLOSSARY: add it there with its meaning")
+    return values
+
+
+class StepMetrics(nn.Module):
+    """Statistics of an optimizer step's tokens, summed over its micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics: dict[str, Metric] = {}
+
+    @torch.no_grad()
+    def update(self, batch: TrainingBatch, output: HeadOutput, step: int) -> None:
+        """Add one micro-batch; ``step`` is the number of optimizer steps taken before it."""
+        self._add("train/loss", SumMetric, output.loss.detach())
+        self._add("train/tokens", SumMetric, torch.tensor(float(batch.tokens)))
+        rows = batch.input_ids.numel()
+        self._add("perf/padding_waste", MeanMetric, torch.tensor(1 - batch.real_tokens / rows), rows)
+        if batch.tokens == 0:
+            return
+        log_ratio = output.logp - batch.rollout_logp
+        ratio = log_ratio.exp()
+        shift = output.logp.exp() - batch.rollout_logp.exp()
+        stopped = (~output.keep).float()
+        negative = batch.advantage < 0
+        self._add("train/surrogate", MeanMetric, torch.where(output.keep, ratio, 0) * batch.advantage)
+        self._add("train/masked_share", MeanMetric, stopped)
+        self._add("train/masked_share_positive", MeanMetric, stopped[batch.advantage > 0])
+        self._add("train/masked_share_negative", MeanMetric, stopped[negative])
+        self._add("train/moved_negative_share", MeanMetric, (negative & (shift < -0.5)).float())
+        self._add("train/mismatch_tv", MeanMetric, shift.abs())
+        self._add("train/mismatch_kl", MeanMetric, ratio - 1 - log_ratio)
+        self._add("train/ratio_max", MaxMetric, ratio)
+        self._add("train/entropy", MeanMetric, output.entropy)
+        self._add("train/staleness", MeanMetric, (step - batch.version).float())
+        if output.divergence is not None:
+            self._add("train/divergence", MeanMetric, output.divergence)
+            self._add("train/divergence_max", MaxMetric, output.divergence)
+        if output.kl is not None:
+            self._add("train/kl_reference", MeanMetric, output.kl)
+        for name, divergence in output.diagnostics.items():
+            self._add(f"diagnostics/{name}", MeanMetric, divergence)
+
+    def _add(self, name: str, kind: type[Metric], value: Tensor, weight: float = 1.0) -> None:
+        if value.numel() == 0:
+            return
+        if name not in self._metrics:
+            self._metrics[name] = kind().to(value.device)
+        arguments = (value, weight) if kind is MeanMetric else (value,)
+        self._metrics[name].update(*arguments)
+
+    def compute_and_reset(self) -> dict[str, float]:
+        """The step's values; a statistic of no token at all is left out."""
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        self._metrics.clear()
+        return values

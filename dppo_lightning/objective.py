@@ -1,0 +1,93 @@
+"""The loss of a token: the trust region's surrogate, plus KL to the reference and an entropy bonus when asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion
+
+KLKind = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True)
+class ReferenceKL:
+    """Pull towards the reference model (the policy as it was before training).
+
+    Args:
+        coefficient: beta >= 0; with 0 no reference model is loaded.
+        kind: Estimator of KL(pi || ref) from the sampled token: "k1" = log pi - log ref, "k2" = half its square,
+            "k3" = exp(-k1) - 1 + k1, which is never negative.
+        where: "loss" adds beta * KL to the loss of every token; "reward" subtracts beta * the sum over the completion
+            from its reward, before the advantage.
+
+    Raises:
+        ConfigError: The coefficient is negative.
+    """
+
+    coefficient: float = 0.0
+    kind: KLKind = "k3"
+    where: Literal["loss", "reward"] = "loss"
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ConfigError(f"model.kl.coefficient must be >= 0, got {self.coefficient}")
+
+
+def kl_estimate(logp: Float[Tensor, " N"], reference_logp: Float[Tensor, " N"], kind: KLKind) -> Float[Tensor, " N"]:
+    """Per-token estimate of KL(pi || ref), differentiable in ``logp``."""
+    log_ratio = logp - reference_logp
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Loss of each token before aggregation, [N] differentiable in ``logp`` and ``entropy``, and what made it up."""
+
+    loss: Float[Tensor, " N"]
+    surrogate: Surrogate
+    kl: Float[Tensor, " N"] | None
+
+
+class Objective(nn.Module):
+    """Per-token loss = surrogate + beta * KL to the reference - entropy_coefficient * entropy.
+
+    Args:
+        region: The trust region.
+        kl: Its coefficient counts here only when ``kl.where`` is "loss".
+        entropy_coefficient: >= 0.
+
+    Raises:
+        ConfigError: The entropy coefficient is negative.
+    """
+
+    def __init__(self, region: TrustRegion, kl: ReferenceKL, entropy_coefficient: float = 0.0) -> None:
+        super().__init__()
+        if not entropy_coefficient >= 0:
+            raise ConfigError(f"model.entropy_coefficient must be >= 0, got {entropy_coefficient}")
+        self.region = region
+        self.kl = kl
+        self.entropy_coefficient = entropy_coefficient
+
+    def forward(self, tokens: TokenStats, reference_logp: Float[Tensor, " N"] | None) -> TokenLoss:
+        surrogate = self.region(tokens)
+        loss = surrogate.loss
+        kl = None
+        if reference_logp is not None:
+            kl = kl_estimate(tokens.logp, reference_logp, self.kl.kind)
+            if self.kl.where == "loss":
+                loss = loss + self.kl.coefficient * kl
+        if self.entropy_coefficient > 0:
+            if tokens.entropy is None:
+                raise ConfigError("an entropy bonus needs the entropy of every token, which was not given")
+            loss = loss - self.entropy_coefficient * tokens.entropy
+        return TokenLoss(loss, surrogate, kl)

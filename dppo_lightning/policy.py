@@ -1,0 +1,118 @@
+"""The policy and the reference: a Hugging Face causal LM, run up to its hidden states on packed micro-batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.head import LogitTransform, PolicyHead
+
+
+class Policy(nn.Module):
+    """A causal LM with its output projection taken over by a PolicyHead.
+
+    Args:
+        name: Hugging Face id or folder.
+        temperature: Of sampling; divides the logits.
+        logits_mib: Memory of one chunk of logits, see PolicyHead.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        ConfigError: The model cannot be found or is no causal LM.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        temperature: float = 1.0,
+        logits_mib: int = 64,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = load_model(name)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        transform = LogitTransform.of_model(self.model.config.get_text_config(), temperature)
+        self.head = PolicyHead(self.model.get_output_embeddings(), transform, logits_mib)
+
+    def hidden_states(self, batch: TrainingBatch) -> Float[Tensor, "N H"]:
+        """Hidden states at the positions that predict a generated token.
+
+        No attention mask is needed: rows are padded on the right, and under causal attention nothing real sees padding.
+        """
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        hidden = backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[batch.predict_index]
+
+    @torch.no_grad()
+    def logp(self, batch: TrainingBatch) -> Float[Tensor, " N"]:
+        """Log-probs of the generated tokens, without gradient."""
+        return self.head(self.hidden_states(batch), batch)
+
+    def named_weights(self) -> list[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, once: of tied parameters the first name."""
+        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load in float32 with every dropout off: the trainer's log-probs must be those of the policy that samples.
+
+    Raises:
+        ConfigError: The model cannot be found or is no causal LM.
+    """
+    config = load_config(name)
+    for key in vars(config):
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
+    return model
+
+
+def load_config(name: str) -> Any:
+    """The model's Hugging Face config.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"model folder {name!r} holds no config.json: set model.policy to a Hugging Face folder")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no model {name!r}: there is no such folder and no such Hugging Face id within reach; "
+            "make one with `dppo prepare tiny --out DIR`, or set model.policy"
+        ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: There is no such model, or it has no tokenizer.
+    """
+    load_config(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"no tokenizer in {name!r}: save one there with tokenizer.save_pretrained") from error
+
+
+def context_length(name: str) -> int | None:
+    """Longest sequence that the model was built for, in tokens, or None when its config does not say."""
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,343 @@
+"""RolloutDataModule: prompts, engine, rewards and the stream of rollouts, as Lightning's source of batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from dppo_lightning.aggregation import sequence_weights
+from dppo_lightning.batch import Group, Prompt, Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.policy import context_length, load_tokenizer
+from dppo_lightning.prompts import PromptSource, encode
+from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.rewards import RewardFunction
+from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
+from dppo_lightning.rollout.stream import Rollout, RolloutStream
+from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+
+if TYPE_CHECKING:
+    from dppo_lightning.module import DPPOModule
+
+RolloutDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class StepPlan:
+    """One optimizer step: its micro-batches, and what is known of it before it is taken.
+
+    Attributes:
+        groups: The step's share of the rollout.
+        batches: Exactly ``accumulate_grad_batches`` micro-batches.
+        ends_rollout: Whether the engine gets new weights after this step.
+        metrics: Logged with the step.
+    """
+
+    groups: list[Group]
+    batches: list[TrainingBatch]
+    ends_rollout: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutDataModule(pl.LightningDataModule):
+    """Generates what the policy is trained on.
+
+    Args:
+        prompts: Where questions come from.
+        reward: What scores the completions.
+        engine: What generates them.
+        prompts_per_step: Prompts of one optimizer step, >= 1.
+        samples_per_prompt: Completions of each training prompt, >= 1 (>= 2 with a group baseline).
+        steps_per_rollout: Optimizer steps taken on one rollout, >= 1; each completion is trained on once. Above 1 the
+            later steps train on slightly stale completions, which is what the trust region is for.
+        max_new_tokens: Longest completion, in tokens.
+        max_prompt_tokens: Longer prompts are dropped and counted; None: as long as the model's context allows.
+        temperature: Of training and held-out sampling; divides the logits.
+        top_p: Refused below 1 in training.
+        top_k: Refused above 0 in training.
+        rollout_dtype: Of the engine's weights.
+        parity_tolerance: Largest accepted log-prob difference after a weight update, in nats; None: by dtype.
+        evaluate_every_n_steps: Held-out evaluation before the first step, then every so many optimizer steps, and after
+            the last.
+        heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
+        solved_at: A completion counts as solved when its reward is at least this.
+        seed: Of prompt order and of every request.
+
+    Raises:
+        ConfigError: A number is out of range, or sampling is truncated in training.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSource,
+        reward: RewardFunction,
+        engine: RolloutEngine | None = None,
+        prompts_per_step: int = 8,
+        samples_per_prompt: int = 8,
+        steps_per_rollout: int = 1,
+        max_new_tokens: int = 256,
+        max_prompt_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        rollout_dtype: RolloutDtype = "float32",
+        parity_tolerance: float | None = None,
+        evaluate_every_n_steps: int = 50,
+        heldout_samples: int = 1,
+        solved_at: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("prompts_per_step", prompts_per_step),
+            ("samples_per_prompt", samples_per_prompt),
+            ("steps_per_rollout", steps_per_rollout),
+            ("evaluate_every_n_steps", evaluate_every_n_steps),
+            ("heldout_samples", heldout_samples),
+        ):
+            if value < 1:
+                raise ConfigError(f"data.{name} must be >= 1, got {value}")
+        self.sampling = Sampling(temperature, top_p, top_k, max_new_tokens)
+        self.prompts = prompts
+        self.reward = reward
+        self.engine = VLLMEmbedded() if engine is None else engine
+        self.prompts_per_step = prompts_per_step
+        self.samples_per_prompt = samples_per_prompt
+        self.steps_per_rollout = steps_per_rollout
+        self.max_prompt_tokens = max_prompt_tokens
+        self.rollout_dtype: RolloutDtype = rollout_dtype
+        self.parity_tolerance = parity_tolerance
+        self.evaluate_every_n_steps = evaluate_every_n_steps
+        self.heldout_samples = heldout_samples
+        self.solved_at = solved_at
+        self.seed = seed
+        self.stream: RolloutStream | None = None
+        self.plan: StepPlan | None = None
+        self.predict_split: Literal["train", "heldout"] = "heldout"
+        self.train_prompts: list[Prompt] = []
+        self.heldout_prompts: list[Prompt] = []
+
+    @property
+    def module(self) -> DPPOModule:
+        """The module that is trained."""
+        return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
+
+    def setup(self, stage: str) -> None:
+        """Load prompts, then start the engine; everything that can be wrong without it is found before it starts."""
+        if self.stream is not None:
+            return
+        if self.trainer.world_size > 1:  # type: ignore[union-attr]
+            raise ConfigError("training on several devices is not supported yet: set trainer.devices to 1")
+        if stage == "fit":
+            if self.trainer.max_steps < 1:  # type: ignore[union-attr]
+                raise ConfigError("set trainer.max_steps to the number of optimizer steps, at least 1")
+            self.sampling.check_training()
+            self.module.advantage.check(self.samples_per_prompt)
+        spec = self.load_prompts(self.module.policy_name)
+        self.engine.start(spec)
+        self.stream = RolloutStream(
+            engine=self.engine,
+            sampler=PromptSampler(self.train_prompts, self.seed),
+            tokenizer=self.tokenizer,
+            reward=self.reward,
+            advantage=self.module.advantage,
+            sampling=self.training_sampling(),
+            samples_per_prompt=self.samples_per_prompt,
+            seed=self.seed,
+            penalty=self.module.reward_penalty if self.module.penalises_reward else None,
+        )
+
+    def load_prompts(self, model: str) -> EngineSpec:
+        """Tokenise the prompts and work out what the engine must be able to hold."""
+        self.tokenizer = load_tokenizer(model)
+        context = context_length(model)
+        new = self.sampling.max_new_tokens
+        if context is not None and new >= context:
+            raise ConfigError(f"data.max_new_tokens={new} leaves no room for a prompt in a context of {context} tokens")
+        limits = [limit for limit in (self.max_prompt_tokens, None if context is None else context - new) if limit]
+        longest = min(limits) if limits else None
+        sets = self.prompts.load()
+        self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest)
+        self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest)
+        if dropped or heldout_dropped:
+            rank_zero_info(
+                f"dropped prompts longer than {longest} tokens: {dropped} for training, {heldout_dropped} held out"
+            )
+        widest = max(len(prompt.token_ids) for prompt in (*self.train_prompts, *self.heldout_prompts))
+        return EngineSpec(
+            model=model,
+            dtype=self.rollout_dtype,
+            max_model_len=widest + new if context is None else min(widest + new, context),
+            max_logprobs=self.module.topk,
+            stop_token_ids=stop_token_ids(model, self.tokenizer),
+        )
+
+    def training_sampling(self) -> Sampling:
+        """How training completions are drawn: with as many top log-probs as the region asks for."""
+        sampling = self.sampling
+        return Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, self.module.topk)
+
+    def train_dataloader(self) -> RolloutLoader:
+        return RolloutLoader(self)
+
+    def plan_rollout(self, steps: int) -> list[StepPlan]:
+        """Generate the groups of ``steps`` optimizer steps and lay them out."""
+        assert self.stream is not None
+        rollout = self.stream.next_rollout(self.prompts_per_step * steps, self._progress)
+        sequences = [group.sequences() for group in rollout.groups]
+        started = time.perf_counter()
+        self.module.annotate([sequence for mine in sequences for sequence in mine])
+        annotate = time.perf_counter() - started
+        for callback in self._run_callbacks():
+            callback.on_rollout(self.trainer, self.module, rollout.groups)  # type: ignore[arg-type]
+        parts = np.array_split(np.arange(len(rollout.groups)), steps)
+        plans = [
+            self._plan_step(
+                [rollout.groups[i] for i in part], [s for i in part for s in sequences[i]], index == steps - 1
+            )
+            for index, part in enumerate(parts)
+        ]
+        plans[0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
+        return plans
+
+    def _plan_step(self, groups: list[Group], sequences: list[Sequence], ends_rollout: bool) -> StepPlan:
+        counts = np.array([sequence.tokens for sequence in sequences])
+        weights = sequence_weights(self.module.aggregation, counts, self.module.constant_length)
+        weight_of = {id(sequence): weight for sequence, weight in zip(sequences, weights, strict=True)}
+        parts = split_by_tokens(sequences, self.trainer.accumulate_grad_batches)  # type: ignore[union-attr]
+        batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part])) for part in parts]
+        return StepPlan(groups, batches, ends_rollout, step_metrics(groups))
+
+    def _progress(self, done: int, total: int) -> None:
+        for callback in self._run_callbacks():
+            callback.on_generation_progress(self.trainer, done, total)  # type: ignore[arg-type]
+
+    def _run_callbacks(self) -> list[RunCallback]:
+        return [c for c in self.trainer.callbacks if isinstance(c, RunCallback)]  # type: ignore[union-attr]
+
+    def val_dataloader(self) -> HeldOutLoader:
+        return HeldOutLoader(self)
+
+    def test_dataloader(self) -> HeldOutLoader:
+        return HeldOutLoader(self)
+
+    def predict_dataloader(self) -> HeldOutLoader:
+        return HeldOutLoader(self, self.predict_split)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device) if isinstance(batch, TrainingBatch) else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.stream is None else {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.stream is not None and "stream" in state_dict:
+            self.stream.load_state_dict(state_dict["stream"])
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+        self.stream = None
+
+    def teardown(self, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.close()
+
+
+class RolloutLoader:
+    """Yields the micro-batches of every remaining optimizer step.
+
+    It has a length, so that Lightning does not fetch a batch ahead: the rollout after the last step of one must be
+    generated with the weights of that step.
+    """
+
+    def __init__(self, data: RolloutDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        trainer = self.data.trainer
+        assert trainer is not None
+        return trainer.max_steps * trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        data, trainer = self.data, self.data.trainer
+        assert trainer is not None
+        while trainer.global_step < trainer.max_steps:
+            into = trainer.global_step % data.steps_per_rollout
+            steps = min(data.steps_per_rollout - into, trainer.max_steps - trainer.global_step)
+            for plan in data.plan_rollout(steps):
+                data.plan = plan
+                yield from plan.batches
+
+
+class HeldOutLoader:
+    """Yields the groups of one evaluation, generated and rewarded, as one batch.
+
+    Every evaluation of a run uses the same seeds, so two evaluations differ by the policy alone.
+    """
+
+    def __init__(self, data: RolloutDataModule, split: Literal["train", "heldout"] = "heldout") -> None:
+        self.data = data
+        self.prompts = data.heldout_prompts if split == "heldout" else data.train_prompts
+
+    def __len__(self) -> int:
+        return min(len(self.prompts), 1)
+
+    def __iter__(self) -> Iterator[list[Group]]:
+        data = self.data
+        if self.prompts and data.stream is not None:
+            yield data.stream.sample(self.prompts, data.heldout_samples, data.sampling, "heldout").groups
+
+
+def step_metrics(groups: list[Group]) -> dict[str, float]:
+    """Rewards and lengths of the groups of one step."""
+    if not groups:
+        return {}
+    rewards = np.concatenate([np.asarray(group.rewards) for group in groups])
+    completions = [completion for group in groups for completion in group.completions]
+    names = dict.fromkeys(name for group in groups for name in group.reward_parts)
+    parts = {name: np.concatenate([g.reward_parts[name] for g in groups if name in g.reward_parts]) for name in names}
+    return {
+        "train/reward": float(rewards.mean()),
+        "train/reward_std": float(rewards.std()),
+        "train/length": float(np.mean([len(completion) for completion in completions])),
+        "train/truncated": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        "train/no_signal": float(np.mean([np.ptp(np.asarray(group.rewards)) < 1e-6 for group in groups])),
+        **{f"train/part/{name}": float(np.nanmean(values)) for name, values in parts.items()},
+    }
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """What making a rollout cost."""
+    return {
+        "train/failed": float(rollout.failed),
+        "time/generate": rollout.seconds["generate"],
+        "time/reward": rollout.seconds["reward"],
+        "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
+    }
+
+
+def stop_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's end of sequence, and the model's generation config's."""
+    from transformers import GenerationConfig
+
+    ids = {tokenizer.eos_token_id}
+    try:
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        configured = None
+    ids.update(configured if isinstance(configured, list) else [configured])
+    found = tuple(sorted(i for i in ids if i is not None))
+    if not found:
+        raise ConfigError(f"{model!r} names no end-of-sequence token: set eos_token in its tokenizer")
+    return found

@@ -1,0 +1,77 @@
+"""Several regions at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, policy_gradient
+
+
+class Combined(TrustRegion):
+    """Keeps a token iff every member keeps it, and multiplies the members' weights, e.g. IcePop with BinaryTV.
+
+    The importance ratio pi / mu enters once; a member's weight is what it makes of its own ratio (1, or what a cap
+    takes away). So IcePop with PPOClip(anchor="recomputed") weighs by (pi_old / mu) (pi / pi_old), as IcePop's paper
+    does, and TruncatedIS with BinaryTV by min(r, C). The divergence is that of the first member that has one.
+
+    Args:
+        masks: At least two regions whose gradient is a constant weight times grad log pi.
+
+    Raises:
+        ConfigError: Fewer than two members, or one that is differentiable in the ratio.
+    """
+
+    def __init__(self, masks: list[TrustRegion]) -> None:
+        super().__init__()
+        if len(masks) < 2:
+            raise ConfigError(f"Combined: masks must name at least two regions, got {len(masks)}")
+        for mask in masks:
+            if not mask.composable:
+                raise ConfigError(f"Combined: {type(mask).__name__} has no constant weight to multiply, use it alone")
+        self.masks = nn.ModuleList(masks)
+        self.needs = frozenset().union(*(mask.needs for mask in masks))
+        if {"topk", "full"} <= self.needs:
+            raise ConfigError(
+                "Combined: a Top-K and a full-vocabulary region cannot share one table, choose one of them"
+            )
+        self.scope = "sequence" if any(mask.scope == "sequence" for mask in masks) else "token"
+        widths = {int(getattr(mask, "k")) for mask in masks if "topk" in mask.needs}  # noqa: B009
+        if len(widths) > 1:
+            raise ConfigError(f"Combined: all Top-K members must have the same k, got {sorted(widths)}")
+        if widths:
+            self.k: int = widths.pop()
+
+    @property
+    def members(self) -> list[TrustRegion]:
+        """The combined regions, in order."""
+        return [mask for mask in self.masks if isinstance(mask, TrustRegion)]
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        # forward, not a call: the statistics were checked for all members' needs already
+        members = [mask.forward(tokens) for mask in self.members]
+        log_ratio = tokens.logp.detach() - tokens.rollout_logp
+        keep = torch.ones_like(log_ratio, dtype=torch.bool)
+        weight = torch.ones_like(log_ratio)
+        for mask, member in zip(self.members, members, strict=True):
+            if member.weight is None:
+                raise ConfigError(
+                    f"Combined: {type(mask).__name__} returned no Surrogate.weight, use weighted_surrogate"
+                )
+            keep = keep & member.keep
+            weight = weight * member.weight
+        # in logs: a ratio that underflows meets a weight that overflows
+        total = torch.where(weight == 1, log_ratio, log_ratio + weight.log()).exp()
+        divergence = next((member.divergence for member in members if member.divergence is not None), None)
+        return Surrogate(policy_gradient(tokens, total, keep), keep, divergence, weight)
+
+    def describe(self) -> dict[str, str]:
+        """Each member's settings under "<place>.<member>.<setting>", so that two of a kind stay apart."""
+        names = [type(mask).__name__ for mask in self.members]
+        described = {"region": f"Combined({', '.join(names)})"}
+        for place, mask in enumerate(self.members, start=1):
+            rows = {key: value for key, value in mask.describe().items() if key != "region"}
+            described |= {f"{place}.{type(mask).__name__}.{key}": value for key, value in rows.items()}
+        anchors = {mask.describe()["anchor"] for mask in self.members}
+        return {**described, "anchor": anchors.pop() if len(anchors) == 1 else "one for each member"}

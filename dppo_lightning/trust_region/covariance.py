@@ -1,0 +1,93 @@
+"""Clip-Cov and KL-Cov (arXiv 2505.22617): a few tokens drive the loss of entropy, and only those are held."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.trust_region.base import (
+    Anchor,
+    Scope,
+    Surrogate,
+    TokenStats,
+    TrustRegion,
+    anchor_logp,
+    check_positive,
+    policy_gradient,
+    weighted_surrogate,
+)
+
+
+class CovarianceRegion(TrustRegion):
+    """Base: picks the tokens with the largest (A - mean A) (log pi - mean log pi), the means over the micro-batch.
+
+    At least one token is picked, of those with A != 0 and a positive covariance: the others do not lower the entropy.
+    The share is one of the micro-batch, so the choice depends on how the step was split.
+
+    Args:
+        fraction: Share of the tokens that are picked, in (0, 1].
+        anchor: Denominator of the ratio.
+
+    Raises:
+        ConfigError: ``fraction`` is out of range.
+    """
+
+    scope: Scope = "sequence"
+
+    def __init__(self, fraction: float = 2e-4, anchor: Anchor = "rollout") -> None:
+        super().__init__(anchor)
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"{type(self).__name__}: fraction must be in (0, 1], got {fraction}")
+        self.fraction = fraction
+
+    def covariance(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        logp = tokens.logp.detach()
+        return (tokens.advantage - tokens.advantage.mean()) * (logp - logp.mean())
+
+    def picked(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
+        covariance = self.covariance(tokens).masked_fill(tokens.advantage == 0, 0.0)
+        count = min(len(covariance), max(1, int(self.fraction * len(covariance))))
+        picked = torch.zeros_like(covariance, dtype=torch.bool)
+        picked[covariance.topk(count).indices] = True
+        return picked & (covariance > 0)
+
+
+class CovarianceClip(CovarianceRegion):
+    """Clip-Cov: the picked tokens have no loss; the others have the weight r, without PPO's clip.
+
+    The authors' code draws the tokens at random from a band of covariances; here they are the largest, so that the same
+    batch gives the same update.
+    """
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        return weighted_surrogate(tokens, ~self.picked(tokens), anchor=self.anchor)
+
+
+class CovarianceKL(CovarianceRegion):
+    """KL-Cov: the picked tokens pay beta |log pi - log anchor| on top of -A r; nothing is stopped.
+
+    Args:
+        fraction: Share of the tokens that are picked, in (0, 1].
+        beta: Weight of the penalty, > 0.
+        anchor: Denominator of the ratio.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    composable: ClassVar[bool] = False
+
+    def __init__(self, fraction: float = 2e-4, beta: float = 1.0, anchor: Anchor = "rollout") -> None:
+        super().__init__(fraction, anchor)
+        check_positive(self, beta=beta)
+        self.beta = beta
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        log_ratio = tokens.logp - anchor_logp(tokens, self.anchor)
+        penalty = torch.where(self.picked(tokens), self.beta * log_ratio.abs(), 0.0)
+        keep = torch.ones_like(penalty, dtype=torch.bool)
+        return Surrogate(policy_gradient(tokens, log_ratio.detach().exp()) + penalty, keep)

@@ -1,0 +1,150 @@
+"""Regions in which a token's fate depends on the rest of its sequence. They need whole sequences at once."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.trust_region.base import (
+    Anchor,
+    Scope,
+    Surrogate,
+    TokenStats,
+    TrustRegion,
+    anchor_logp,
+    check_choice,
+    check_clip,
+    check_positive,
+    moves_outward,
+    weighted_surrogate,
+)
+from dppo_lightning.trust_region.divergence import binary_kl
+from dppo_lightning.trust_region.segments import Segments
+
+
+class GSPO(TrustRegion):
+    """Group sequence policy optimisation (arXiv 2507.18071): PPO's clip on s = exp(mean_t(log pi - log anchor)).
+
+    Every token of a sequence has the loss max(-A s, -A clip(s)), differentiable in s, so the gradient is spread evenly
+    over the tokens; the mean over the sequence's tokens is the paper's sequence loss.
+
+    Args:
+        epsilon_low: In (0, 1); s is a geometric mean, so the bounds are three orders below PPO's.
+        epsilon_high: > 0.
+        anchor: Denominator of the ratio.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    scope: Scope = "sequence"
+    composable: ClassVar[bool] = False
+
+    def __init__(self, epsilon_low: float = 3e-4, epsilon_high: float = 4e-4, anchor: Anchor = "rollout") -> None:
+        super().__init__(anchor)
+        check_clip(self, epsilon_low, epsilon_high)
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        ratio = Segments(tokens).mean(tokens.logp - anchor_logp(tokens, self.anchor)).exp()
+        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        loss = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
+        stopped_up = (tokens.advantage > 0) & (ratio > 1 + self.epsilon_high)
+        stopped_down = (tokens.advantage < 0) & (ratio < 1 - self.epsilon_low)
+        return Surrogate(loss, ~(stopped_up | stopped_down))
+
+
+class SequenceMask(TrustRegion):
+    """Trust region masking (TRM, arXiv 2512.23075): a sequence whose KL is too large is dropped whole.
+
+    The KL of a token is the binary KL(mu || pi), a lower bound of the one over the vocabulary (arXiv 2602.04879,
+    App. B): what is dropped here is dropped by the exact criterion too.
+
+    Args:
+        delta: > 0; 0.1 with "max", 0.002 with "mean".
+        reduce: "max" drops when any token's KL exceeds delta, "mean" when the sequence's mean does.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    scope: Scope = "sequence"
+
+    def __init__(self, delta: float = 0.1, reduce: Literal["max", "mean"] = "max") -> None:
+        super().__init__()
+        check_positive(self, delta=delta)
+        check_choice(self, "reduce", reduce, ("max", "mean"))
+        self.delta = delta
+        self.reduce = reduce
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        kl = binary_kl(tokens.rollout_logp, tokens.logp.detach())
+        segments = Segments(tokens)
+        divergence = segments.max(kl) if self.reduce == "max" else segments.mean(kl)
+        return weighted_surrogate(tokens, divergence <= self.delta, divergence)
+
+
+class VACO(TrustRegion):
+    """VACO's filter (arXiv 2603.01365): in a sequence with mean |r - 1| / 2 > delta, outward tokens are dropped.
+
+    The mean estimates the sequence's total variation; outward is A sign(log pi - log mu) > 0. The paper's realigned
+    advantages belong to its value function and are not part of the region.
+
+    Args:
+        delta: > 0.
+
+    Raises:
+        ConfigError: ``delta`` is out of range.
+    """
+
+    scope: Scope = "sequence"
+
+    def __init__(self, delta: float) -> None:
+        super().__init__()
+        check_positive(self, delta=delta)
+        self.delta = delta
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        deviation = torch.expm1(tokens.logp.detach() - tokens.rollout_logp).abs() / 2
+        divergence = Segments(tokens).mean(deviation)
+        return weighted_surrogate(tokens, ~((divergence > self.delta) & moves_outward(tokens)), divergence)
+
+
+class CPPO(TrustRegion):
+    """Cumulative prefix-divergence policy optimisation (arXiv 2606.10968): strict early, and on a budget.
+
+    With D = |mu - pi|, w_t = 1 - (1 - w_min) (t - 1) / max(T - 1, 1) for t = 1..T, and Z = w D: a token that moves
+    outward is kept iff Z_t <= min(delta, delta + budget W_{t-1} - S_{t-1}), where W and S are the sums of w and Z over
+    the tokens before it, stopped or not.
+
+    Args:
+        delta: Threshold on one token's Z, > 0.
+        w_min: Weight of the last token, in (0, 1].
+        budget: Mean Z allowed to the prefix, > 0.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    scope: Scope = "sequence"
+
+    def __init__(self, delta: float = 0.15, w_min: float = 0.8, budget: float = 0.02) -> None:
+        super().__init__()
+        check_positive(self, delta=delta, budget=budget)
+        if not 0 < w_min <= 1:
+            raise ConfigError(f"CPPO: w_min must be in (0, 1], got {w_min}")
+        self.delta = delta
+        self.w_min = w_min
+        self.budget = budget
+
+    def forward(self, tokens: TokenStats) -> Surrogate:
+        segments = Segments(tokens)
+        steps = (segments.spread(segments.length) - 1).clamp(min=1)
+        weight = 1 - (1 - self.w_min) * segments.column.to(tokens.rollout_logp.dtype) / steps
+        weighted = weight * (tokens.rollout_logp.exp() - tokens.logp.detach().exp()).abs()
+        spent = segments.prefix_sum(weighted)
+        allowed = (self.delta + self.budget * segments.prefix_sum(weight) - spent).clamp(max=self.delta)
+        return weighted_surrogate(tokens, ~(moves_outward(tokens) & (weighted > allowed)), weighted)

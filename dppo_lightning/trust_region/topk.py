@@ -1,0 +1,237 @@
+"""DPPO with a divergence over many tokens of the vocabulary: mu's top K, or all of them (arXiv 2602.04879)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.trust_region.base import Anchor, TokenStats, check_choice
+from dppo_lightning.trust_region.divergence import DivergenceMask
+
+SampledToken = Literal["append", "replace"]
+
+REST_FLOOR = 1e-12
+
+
+class TopKMask(DivergenceMask):
+    """Base of the Top-K divergences: S = mu's K most likely ids and the sampled one, everything else is one bucket.
+
+    Args:
+        delta: Threshold on the divergence, > 0.
+        delta_low: Threshold for tokens with A < 0; ``delta`` when None.
+        delta_high: Threshold for tokens with A > 0; ``delta`` when None.
+        max_ratio: Cap C on the importance weight, > 0; None for no cap.
+        anchor: Only "rollout": the engine records the top K of mu, and there is none of pi_old.
+        k: How many ids are asked of the rollout engine, >= 1.
+        sampled_token: What happens to a sampled token outside the top K: "append" it (K + 1 ids, the paper's set) or
+            let it "replace" the K-th (the authors' code).
+
+    Raises:
+        ConfigError: A value is out of range, or the anchor is "recomputed".
+    """
+
+    needs: frozenset[str] = frozenset({"topk"})
+
+    def __init__(
+        self,
+        delta: float,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+        k: int = 20,
+        sampled_token: SampledToken = "append",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
+        refuse_recomputed(self)
+        check_choice(self, "sampled_token", sampled_token, ("append", "replace"))
+        if k < 1:
+            raise ConfigError(f"{type(self).__name__}: k must be >= 1, got {k}")
+        self.k = k
+        self.sampled_token: SampledToken = sampled_token
+
+    def slots(self, tokens: TokenStats) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
+        """log pi and log mu over S and the rest."""
+        return with_rest_bucket(*topk_slots(tokens, self.sampled_token))
+
+
+class TopKTV(TopKMask):
+    """Top-K total variation: half the sum over S and the rest of |mu_i - pi_i| (eq. 15). Arguments: ``TopKMask``."""
+
+    def __init__(
+        self,
+        delta: float = 0.2,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+        k: int = 20,
+        sampled_token: SampledToken = "append",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor, k, sampled_token)
+
+    def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        return total_variation(*self.slots(tokens))
+
+
+class TopKKL(TopKMask):
+    """Top-K KL(mu || pi): the sum over S and the rest of mu_i log(mu_i / pi_i) (eq. 16). Arguments: ``TopKMask``."""
+
+    def __init__(
+        self,
+        delta: float = 0.05,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+        k: int = 20,
+        sampled_token: SampledToken = "append",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor, k, sampled_token)
+
+    def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        return kl_divergence(*self.slots(tokens))
+
+
+class FullMask(DivergenceMask):
+    """Base of the divergences over the whole vocabulary: ``topk_logp`` has a column for every id, and nothing rests.
+
+    Args:
+        delta: Threshold on the divergence, > 0.
+        delta_low: Threshold for tokens with A < 0; ``delta`` when None.
+        delta_high: Threshold for tokens with A > 0; ``delta`` when None.
+        max_ratio: Cap C on the importance weight, > 0; None for no cap.
+        anchor: Only "rollout": the distribution of rollout time is the one that is kept.
+
+    Raises:
+        ConfigError: A threshold is not > 0, or the anchor is "recomputed".
+    """
+
+    needs: frozenset[str] = frozenset({"full"})
+
+    def __init__(
+        self,
+        delta: float,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
+        refuse_recomputed(self)
+
+
+class FullTV(FullMask):
+    """Total variation over the whole vocabulary: half the sum of |mu_i - pi_i|. Arguments: ``FullMask``."""
+
+    def __init__(
+        self,
+        delta: float = 0.2,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
+
+    def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        return total_variation(*given_topk(tokens))
+
+
+class FullKL(FullMask):
+    """KL(mu || pi) over the whole vocabulary. Arguments: ``FullMask``."""
+
+    def __init__(
+        self,
+        delta: float = 0.05,
+        delta_low: float | None = None,
+        delta_high: float | None = None,
+        max_ratio: float | None = None,
+        anchor: Anchor = "rollout",
+    ) -> None:
+        super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
+
+    def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        return kl_divergence(*given_topk(tokens))
+
+
+class PredictiveMask(TopKMask):
+    """Predictive divergence mask (arXiv 2607.10848): stopped iff the step itself would increase the Top-K KL.
+
+    M = 0 iff D > delta and A dot > 0, where dot = (pi_a - mu_a) + sum_S pi_i (mu_i - pi_i) is the derivative of
+    KL(mu || pi) along the logit step that raises log pi_a. A common token can raise the divergence while its own
+    probability moves back to mu, and the other way round: that is what the sampled token's A (r - 1) cannot see.
+
+    Args:
+        delta: Threshold on the Top-K KL, > 0.
+        k: How many ids are asked of the rollout engine, >= 1.
+        max_ratio: Cap C on the importance weight, > 0; None for no cap.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(self, delta: float = 0.15, k: int = 20, max_ratio: float | None = 5.0) -> None:
+        super().__init__(delta, max_ratio=max_ratio, k=k)
+
+    def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        return kl_divergence(*self.slots(tokens))
+
+    def outward(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
+        pi, mu = (slots.exp() for slots in topk_slots(tokens, self.sampled_token))
+        sampled = tokens.logp.exp() - tokens.rollout_logp.exp()
+        return tokens.advantage.sign() * (sampled + (pi * (mu - pi)).sum(dim=-1)) > 0
+
+
+def refuse_recomputed(region: DivergenceMask) -> None:
+    """Raise ConfigError: only mu has a recorded distribution to compare with."""
+    if region.anchor == "recomputed":
+        raise ConfigError(
+            f'{type(region).__name__}: anchor must be "rollout", only its distribution is recorded; '
+            "use BinaryTV or BinaryKL to measure from the recomputed policy"
+        )
+
+
+def given_topk(tokens: TokenStats) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
+    """log pi and log mu as handed over."""
+    assert tokens.topk_logp is not None
+    assert tokens.rollout_topk_logp is not None
+    return tokens.topk_logp.detach(), tokens.rollout_topk_logp
+
+
+def topk_slots(tokens: TokenStats, sampled_token: SampledToken) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
+    """log pi and log mu over S, both -inf in a slot that is not used."""
+    logp, rollout_logp = given_topk(tokens)
+    used = rollout_logp > float("-inf")
+    if sampled_token == "replace" and used.shape[1] > 1:
+        dropped = torch.zeros_like(used)
+        dropped[:, -2] = used[:, -1]
+        used = used & ~dropped
+    return logp.masked_fill(~used, float("-inf")), rollout_logp.masked_fill(~used, float("-inf"))
+
+
+def with_rest_bucket(
+    logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]
+) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+    """Appends the log of what S leaves, at least 1e-12 on each side."""
+
+    def append(logs: Float[Tensor, "N S"]) -> Float[Tensor, "N T"]:
+        rest = (1 - logs.exp().sum(dim=-1, keepdim=True)).clamp(min=REST_FLOOR)
+        return torch.cat([logs, rest.log()], dim=-1)
+
+    return append(logp), append(rollout_logp)
+
+
+def total_variation(logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]) -> Float[Tensor, " N"]:
+    """Half the sum of |mu_i - pi_i|."""
+    return (rollout_logp.exp() - logp.exp()).abs().sum(dim=-1) / 2
+
+
+def kl_divergence(logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]) -> Float[Tensor, " N"]:
+    """Sum of mu_i log(mu_i / pi_i), 0 where mu_i = 0; rounding is not let below 0."""
+    terms = rollout_logp.exp() * (rollout_logp - logp)
+    return terms.masked_fill(torch.isneginf(rollout_logp), 0.0).sum(dim=-1).clamp(min=0)
