@@ -91,6 +91,27 @@ class Group:
             if len(completion) > 0
         ]
 
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON-ready record for each completion; a reward part that was not reported for it is None."""
+        rows = []
+        for index, (completion, text) in enumerate(zip(self.completions, self.texts, strict=True)):
+            row: dict[str, Any] = {
+                "prompt_id": self.prompt.id,
+                "prompt": self.prompt.text,
+                "completion": text,
+                "answer": self.prompt.answer,
+            }
+            if self.rewards is not None:
+                parts = {name: float(values[index]) for name, values in self.reward_parts.items()}
+                row["reward"] = float(self.rewards[index])
+                row["parts"] = {name: None if np.isnan(part) else part for name, part in parts.items()}
+            if self.advantages is not None:
+                row["advantage"] = float(self.advantages[index])
+            versions = [int(completion.versions[0]), int(completion.versions[-1])] if len(completion) else []
+            row |= {"tokens": len(completion), "finish_reason": completion.finish_reason, "versions": versions}
+            rows.append(row)
+        return rows
+
 
 @dataclass
 class Sequence:
@@ -195,7 +216,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=True)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

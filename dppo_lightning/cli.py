@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -21,7 +22,7 @@ from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.curves import Curves
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.callbacks.progress import RunProgressBar
-from dppo_lightning.callbacks.run_record import RunRecord, check_unused
+from dppo_lightning.callbacks.run_record import RunRecord, check_unused, discard_unless_begun
 from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.errors import ConfigError, DPPOError
@@ -74,6 +75,7 @@ class DPPOCommandLine(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -87,8 +89,17 @@ class DPPOCommandLine(LightningCLI):
         if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
             check_unused(Path(self._get(self.config, "run_dir")))
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except DPPOError:
+            discard_unless_begun(Path(self._get(self.config, "run_dir")))
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add what every run has: CSV and TensorBoard beside the configured loggers, and the standard callbacks."""
+        if self.subcommand == "generate":
+            return super().instantiate_trainer(logger=False, **kwargs)
         config = self._get(self.config_init, "trainer")
         run_dir = config["default_root_dir"]
         configured = config.get("logger")
@@ -117,16 +128,24 @@ def prepare_parser() -> LightningArgumentParser:
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """What jsonargparse reports, as one line, with the known names where a name is unknown."""
     line = " ".join(message.split())
-    unknown_key = re.search(r"[Kk]ey [\"']?([\w.]+)[\"']? is not expected|Unrecognized arguments?: (\S+)", line)
-    if unknown_key:
-        key = (unknown_key[1] or unknown_key[2]).lstrip("-").split("=")[0]
-        known = [action.dest for action in parser._actions]
-        near = get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see `dppo fit --help` for the known ones"
+    unknown = re.search(r"does not accept option '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", line)
+    if unknown:
+        key = unknown[1] or unknown[2]
+        near = get_close_matches(key, config_keys(parser), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "`dppo fit --help` lists the known ones"
         return f"unknown config key {key!r}: {hint}"
     if "trust_region" in line and re.search(r"class_path|[Ii]mport path|not a subclass|ImportError", line):
-        return f"unknown trust region; known: {', '.join(known_regions())}; or the class_path of your own. ({line})"
+        given = re.search(r"class_path '([^']+)'|path string: (\S+)|Expected a path but (\S+)", line)
+        name = next((group for group in given.groups() if group), "?") if given else "?"
+        return f"unknown trust region {name!r}; known: {', '.join(known_regions())}; or the class_path of your own"
     return line
+
+
+def config_keys(parser: LightningArgumentParser) -> list[str]:
+    """Keys that a configuration of ``parser``, or of its subcommand "fit", may hold."""
+    if parser._subcommands_action is not None:
+        parser = parser._subcommands_action._name_parser_map["fit"]
+    return [action.dest for action in parser._actions]
 
 
 def known_regions() -> list[str]:
@@ -140,17 +159,34 @@ def known_regions() -> list[str]:
     )
 
 
+def quieten() -> None:
+    """Leave the screen to the start table, the progress bar and the summary."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``dppo``: a mistake of the user's ends in one line and exit code 2, without a traceback."""
     arguments = sys.argv[1:] if args is None else args
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    quieten()
     try:
         if arguments[:1] == ["prepare"]:
             chosen = prepare_parser().parse_args(arguments[1:])
             prepare(**chosen.as_dict())
         else:
             DPPOCommandLine(arguments)
-    except DPPOError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def users_mistake(error: BaseException | None) -> DPPOError | None:
+    """The DPPOError in a chain of causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, DPPOError):
+        error = error.__cause__
+    return error

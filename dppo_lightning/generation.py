@@ -8,8 +8,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from dppo_lightning.batch import Group
-from dppo_lightning.callbacks.completions import completion_records
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prompts import JsonlPrompts
@@ -52,8 +50,7 @@ class GeneratingTrainer(pl.Trainer):
             datamodule.prompts = JsonlPrompts(train=prompts)
             datamodule.predict_split = "train"
         batches = self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path) or []
-        groups: list[Group] = [group for batch in batches for group in batch]  # type: ignore[union-attr,misc]
-        records = list(completion_records(groups))
+        records = [record for batch in batches for record in batch]
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(target.name + ".unfinished")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

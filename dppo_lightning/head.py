@@ -10,7 +10,7 @@ every token. A region of scope "sequence" costs one more pass, 8 N H V: log-prob
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ class PolicyHead(nn.Module):
 
     def __init__(self, projection: nn.Module, transform: LogitTransform, logits_mib: int = 64) -> None:
         super().__init__()
-        self.weight = projection.weight
-        self.bias = getattr(projection, "bias", None)
+        self.weight: nn.Parameter = projection.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = getattr(projection, "bias", None)
         self.transform = transform
         self.logits_mib = logits_mib
         self.rollout_weight: Tensor | None = None
@@ -136,7 +136,7 @@ class PolicyHead(nn.Module):
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         """Slices of at most as many tokens as the memory budget allows; one empty slice where there are no tokens."""
-        size = max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
+        size: int = max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
         return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
 
     def logits(
@@ -223,7 +223,7 @@ class _Work:
             return tokens
         rollout = head.logits(batch.rollout_hidden[rows], head.rollout_weight, head.rollout_bias)
         rollout -= rollout.logsumexp(dim=-1, keepdim=True)
-        return _replaced(tokens, topk_logp=normalised, rollout_topk_logp=rollout)
+        return replace(tokens, topk_logp=normalised, rollout_topk_logp=rollout)
 
     def _differentiate(
         self, tokens: TokenStats, rows: slice | None, normalised: Float[Tensor, "n V"] | None
@@ -233,7 +233,7 @@ class _Work:
         with torch.enable_grad():
             logp = tokens.logp.detach().requires_grad_()
             entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
-            leaf = _replaced(tokens, logp=logp, entropy=entropy)
+            leaf = replace(tokens, logp=logp, entropy=entropy)
             if "full" in self.objective.region.needs and normalised is not None:
                 leaf = self._with_whole_vocabulary(leaf, every, normalised)
             result = self.objective(leaf, _rows(self.batch.reference_logp, every))
@@ -330,7 +330,9 @@ class _GradientInForward(torch.autograd.Function):
             product_weight = weight.to(dtype)
             loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias)
         ctx.save_for_backward(
-            grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype)
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         )
         return loss
 
@@ -370,10 +372,9 @@ def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
     return None if value is None else value[rows]
 
 
-def _replaced(tokens: TokenStats, **changes: Tensor | None) -> TokenStats:
-    return TokenStats(**{**{item.name: getattr(tokens, item.name) for item in fields(tokens)}, **changes})
-
-
 def _concatenated(pieces: list[TokenStats]) -> TokenStats:
     columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
-    return TokenStats(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+    joined: dict[str, Any] = {
+        name: None if values[0] is None else torch.cat(values) for name, values in columns.items()
+    }
+    return TokenStats(**joined)

@@ -87,6 +87,8 @@ def load_config(name: str) -> Any:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"model folder {name!r} holds no config.json: set model.policy to a Hugging Face folder")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _is_folder_here(name)):
+        raise ConfigError(f"model folder {name!r} does not exist: make one with `dppo prepare`, or set model.policy")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -112,6 +114,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def context_length(name: str) -> int | None:
     """Longest sequence that the model was built for, in tokens, or None when its config does not say."""
     return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
+
+
+def _is_folder_here(name: str) -> bool:
+    """Whether the name can only mean a folder: what comes before its slash is one."""
+    return "/" in name and Path(name).parent.is_dir()
 
 
 def _first_line(error: Exception) -> str:

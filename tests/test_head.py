@@ -100,7 +100,7 @@ def test_loss_and_gradients_equal_those_of_full_logits(name: str, bias: bool, tr
     hidden = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
     mine, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     expected = full_loss(head, plain, batch, objective)
-    parameters = [p for p in head.parameters()]
+    parameters = list(head.parameters())
     reference = torch.autograd.grad(expected, [plain, *parameters])
 
     output = head(mine, batch, objective)

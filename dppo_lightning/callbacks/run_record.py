@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,14 @@ def check_unused(run_dir: Path) -> None:
     """
     if (run_dir / "config.yaml").exists() or (run_dir / "completions.jsonl").exists():
         raise ConfigError(f"run directory {str(run_dir)!r} already holds a run: set --run_dir to a new one")
+
+
+def discard_unless_begun(run_dir: Path) -> None:
+    """Remove what loggers leave in the directory of a run that failed before it began."""
+    if not (run_dir / "config.yaml").exists():
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        if run_dir.is_dir() and not any(run_dir.iterdir()):
+            run_dir.rmdir()
 
 
 def versions() -> dict[str, str]:

@@ -80,8 +80,8 @@ class TrustRegion(nn.Module):
 
     Override ``forward``, and declare as class attributes what it reads:
 
-    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full"}; what is not needed is not computed. A region that
-      needs "topk" also has an int attribute ``k``: so many ids are asked of the rollout engine.
+    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full"}; what is not needed is not computed.
+    - ``k``: for a region that needs "topk", how many ids are asked of the rollout engine.
     - ``scope``: "token" when each token is judged alone (evaluated chunk by chunk inside the head), "sequence" when a
       token's fate depends on others of its sequence or batch; then ``sequence`` and ``position`` are given.
     - ``composable``: False when the loss is not ``weighted_surrogate``, so that ``Combined`` refuses it.
@@ -98,6 +98,7 @@ class TrustRegion(nn.Module):
 
     needs: frozenset[str] = frozenset()
     scope: Scope = "token"
+    k: int = 0
     composable: ClassVar[bool] = True
 
     def __init__(self, anchor: Anchor = "rollout") -> None:

@@ -37,11 +37,10 @@ class Combined(TrustRegion):
                 "Combined: a Top-K and a full-vocabulary region cannot share one table, choose one of them"
             )
         self.scope = "sequence" if any(mask.scope == "sequence" for mask in masks) else "token"
-        widths = {int(getattr(mask, "k")) for mask in masks if "topk" in mask.needs}  # noqa: B009
+        widths = {mask.k for mask in masks if "topk" in mask.needs}
         if len(widths) > 1:
             raise ConfigError(f"Combined: all Top-K members must have the same k, got {sorted(widths)}")
-        if widths:
-            self.k: int = widths.pop()
+        self.k = widths.pop() if widths else 0
 
     @property
     def members(self) -> list[TrustRegion]:

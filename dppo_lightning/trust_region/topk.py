@@ -220,8 +220,9 @@ def with_rest_bucket(
     """Appends the log of what S leaves, at least 1e-12 on each side."""
 
     def append(logs: Float[Tensor, "N S"]) -> Float[Tensor, "N T"]:
-        rest = (1 - logs.exp().sum(dim=-1, keepdim=True)).clamp(min=REST_FLOOR)
-        return torch.cat([logs, rest.log()], dim=-1)
+        # in float64: 1 - sum loses every digit of a small rest, while log-probs near 0 still have theirs
+        rest = (1 - logs.double().exp().sum(dim=-1, keepdim=True)).clamp(min=REST_FLOOR)
+        return torch.cat([logs, rest.log().to(logs.dtype)], dim=-1)
 
     return append(logp), append(rollout_logp)
 
