@@ -161,7 +161,7 @@ FIGURES = [
     Figure(BandPO()),
     Figure(CovarianceClip(fraction=0.1), "a tenth of a batch spread evenly over the plane"),
     Figure(CovarianceKL(fraction=0.1), "a tenth of a batch spread evenly over the plane"),
-    Figure(Combined([IcePop(), BinaryTV()]), "π_old = 0.7 μ", with_old(0.7)),
+    Figure(Combined([IcePop(), BinaryTV()]), "π_old = π: engine and trainer disagree", old_and_mu),
 ]
 
 
@@ -190,7 +190,6 @@ def gradient_share(figure: Figure, mu: Tensor, pi: Tensor, advantage: float) -> 
 def draw(figure: Figure, folder: Path) -> Path:
     """One file with four panels: linear and logarithmic, for both signs of A."""
     fig, panels = plt.subplots(1, 4, figsize=(11.2, 3.0), layout="constrained")
-    image = None
     for index, panel in enumerate(panels):
         advantage, logarithmic = (1.0, -1.0)[index % 2], index >= 2
         ends = (RARE, 1 - 1e-4)
@@ -201,14 +200,14 @@ def draw(figure: Figure, folder: Path) -> Path:
         )
         mu, pi = (axis.flatten() for axis in torch.meshgrid(steps, steps, indexing="xy"))
         share = gradient_share(figure, mu, pi, advantage).view(GRID, GRID)
-        image = panel.pcolormesh(steps, steps, share.clamp(-1, 1), cmap=SOFT, vmin=-1, vmax=1, rasterized=True)
+        mesh = panel.pcolormesh(steps, steps, share.clamp(-1, 1), cmap=SOFT, vmin=-1, vmax=1, rasterized=True)
         panel.plot(ends, ends, color="black", linewidth=1, linestyle="--")
         if logarithmic:
             panel.set(xscale="log", yscale="log")
         panel.set(xlabel=figure.axes[0], xlim=ends, ylim=ends, title=f"A {'>' if advantage > 0 else '<'} 0")
         panel.set_box_aspect(1)
     panels[0].set_ylabel(figure.axes[1])
-    fig.colorbar(image, ax=panels, shrink=0.85, ticks=[-1, 0, 1], label="share of the gradient")
+    fig.colorbar(mesh, ax=panels, shrink=0.85, ticks=[-1, 0, 1], label="share of the gradient")
     described = figure.region.describe()
     settings = ", ".join(
         f"{key} {value}"

