@@ -1,7 +1,7 @@
 """The records that flow through a training run: Prompt, Completion, Group, Sequence and TrainingBatch; and packing.
 
-This is the only module that knows how a prompt and its completions lie in a row of token ids. Everywhere else, training
-data are N generated tokens, packed one after another without padding.
+This module, with packing.py, is the only one that knows how a prompt and its completions lie in a row of token ids.
+Everywhere else, training data are N generated tokens, packed one after another without padding.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from dppo_lightning.attention import SegmentLayout
+from dppo_lightning.packing import Layout, lay_out
+from dppo_lightning.packing import split_by_tokens as split_by_tokens
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -178,7 +182,7 @@ class TrainingBatch:
     """One micro-batch: B rows of at most L ids, and N generated tokens packed one after another.
 
     Attributes:
-        input_ids: [B, L] int64, padded on the right.
+        input_ids: [B, L] int64, padded on the right; one row of many sequences where ``segments`` is given.
         predict_index: [N] int64, place in the flattened rows of the position that predicts each generated token.
         targets: [N] int64, the generated tokens.
         rollout_logp: [N] float32, log mu.
@@ -188,6 +192,9 @@ class TrainingBatch:
         position: [N] int64, place of the token in its completion.
         version: [N] int64, weight version that sampled the token.
         real_tokens: Number of ids in the rows that are not padding.
+        saved_tokens: Number of ids that were spared because sequences share their beginning.
+        position_ids: [1, L] int64 or None, place of each id in its own sequence.
+        segments: How the row attends, or None for rows that are causal from end to end.
         topk_ids, rollout_topk_logp: [N, K + 1] or None.
         reference_logp, recomputed_logp: [N] float32 or None.
         rollout_hidden: [N, H] or None.
@@ -203,6 +210,9 @@ class TrainingBatch:
     position: Tensor
     version: Tensor
     real_tokens: int
+    saved_tokens: int = 0
+    position_ids: Tensor | None = None
+    segments: SegmentLayout | None = None
     topk_ids: Tensor | None = None
     rollout_topk_logp: Tensor | None = None
     reference_logp: Tensor | None = None
@@ -221,24 +231,24 @@ class TrainingBatch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
+        if self.segments is not None:
+            moved["segments"] = self.segments.to(device)
         return replace(self, **moved)
 
 
-def pack(sequences: list[Sequence], weights: np.ndarray) -> TrainingBatch:
+def pack(sequences: list[Sequence], weights: np.ndarray, layout: Layout = "rows") -> TrainingBatch:
     """Lay sequences out as one micro-batch.
 
     Args:
         sequences: B sequences; none makes an empty batch of one padding row, whose loss is a connected zero.
         weights: [B] share of each of the sequence's tokens in the optimizer step's loss.
+        layout: "packed" only for a model that can run it, see Policy.layout.
     """
-    width = max((len(sequence.token_ids) for sequence in sequences), default=1)
-    rows = np.zeros((max(len(sequences), 1), width), np.int64)
-    for row, sequence in zip(rows, sequences, strict=False):
-        row[: len(sequence.token_ids)] = sequence.token_ids
+    laid = lay_out(sequences, layout)
     counts = [sequence.tokens for sequence in sequences]
     return TrainingBatch(
-        input_ids=torch.from_numpy(rows),
-        predict_index=_joined([i * width + s.generated - 1 for i, s in enumerate(sequences)], torch.int64),
+        input_ids=laid.input_ids,
+        predict_index=_joined(laid.predict_index, torch.int64),
         targets=_joined([s.token_ids[s.generated] for s in sequences], torch.int64),
         rollout_logp=_joined([s.rollout_logp for s in sequences], torch.float32),
         advantage=_joined([np.full(s.tokens, s.advantage) for s in sequences], torch.float32),
@@ -246,25 +256,16 @@ def pack(sequences: list[Sequence], weights: np.ndarray) -> TrainingBatch:
         sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
         position=_joined([np.arange(s.tokens) for s in sequences], torch.int64),
         version=_joined([s.versions for s in sequences], torch.int64),
-        real_tokens=sum(len(s.token_ids) for s in sequences),
+        real_tokens=laid.real_tokens,
+        saved_tokens=laid.saved_tokens,
+        position_ids=laid.position_ids,
+        segments=laid.segments,
         topk_ids=_joined_if_given([s.topk_ids for s in sequences], torch.int64),
         rollout_topk_logp=_joined_if_given([s.rollout_topk_logp for s in sequences], torch.float32),
         reference_logp=_joined_if_given([s.reference_logp for s in sequences], torch.float32),
         recomputed_logp=_joined_if_given([s.recomputed_logp for s in sequences], torch.float32),
         rollout_hidden=_hidden_if_given([s.rollout_hidden for s in sequences]),
     )
-
-
-def split_by_tokens(sequences: list[Sequence], parts: int) -> list[list[Sequence]]:
-    """Split into ``parts`` lists of nearly equal numbers of row tokens, rows of like length together.
-
-    Like lengths together keep padding small; a list may be empty when there are fewer sequences than parts.
-    """
-    order = sorted(sequences, key=lambda sequence: len(sequence.token_ids), reverse=True)
-    lengths = np.array([len(sequence.token_ids) for sequence in order], float)
-    middles = np.cumsum(lengths) - lengths / 2
-    part = np.minimum(middles / max(lengths.sum(), 1) * parts, parts - 1).astype(int)
-    return [[sequence for sequence, owner in zip(order, part, strict=True) if owner == p] for p in range(parts)]
 
 
 def _joined(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import transformers
@@ -18,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dppo_lightning import trust_region
+from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.curves import Curves
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
@@ -29,7 +34,11 @@ from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prepare import prepare
+from dppo_lightning.prompts import PromptSource
+from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.datamodule import RolloutDataModule
+from dppo_lightning.rollout.engine import RolloutEngine
+from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
 
 DEFAULT_RUN_DIR = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
@@ -39,6 +48,18 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the held-out evaluation before the first step is a full one, and logged
     "enable_model_summary": False,  # the start table says it
 }
+
+
+COMPONENTS: dict[str, tuple[str, type]] = {
+    "trust_region": ("trust region", trust_region.TrustRegion),
+    "masks": ("trust region", trust_region.TrustRegion),
+    "advantage": ("advantage estimator", AdvantageEstimator),
+    "prompts": ("prompt source", PromptSource),
+    "reward": ("reward", RewardFunction),
+    "rewards": ("reward", RewardFunction),
+    "engine": ("rollout engine", RolloutEngine),
+}
+"""Configuration key -> what its class is, and the base class."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -81,7 +102,7 @@ class DPPOCommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "{step}"})
+        parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_last": "link"})
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -93,7 +114,8 @@ class DPPOCommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except DPPOError:
-            discard_unless_begun(Path(self._get(self.config, "run_dir")))
+            if subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+                discard_unless_begun(Path(self._get(self.config, "run_dir")))
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -109,7 +131,10 @@ class DPPOCommandLine(LightningCLI):
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             *more,
         ]
-        callbacks = [*(config.get("callbacks") or []), *standard_callbacks()]
+        standard = standard_callbacks()
+        if config.get("enable_progress_bar") is False:
+            standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
+        callbacks = [*(config.get("callbacks") or []), *standard]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
 
@@ -121,7 +146,8 @@ def standard_callbacks() -> list[pl.Callback]:
 def prepare_parser() -> LightningArgumentParser:
     """Parser of ``dppo prepare``."""
     parser = OneLineParser(prog="dppo prepare", description="Write a starting model as a Hugging Face folder.")
-    parser.add_function_arguments(prepare, as_positional=True)
+    parser.add_argument("name", type=Literal["tiny", "smollm2"], help="Which model.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
     return parser
 
 
@@ -134,10 +160,12 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         near = get_close_matches(key, config_keys(parser), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "`dppo fit --help` lists the known ones"
         return f"unknown config key {key!r}: {hint}"
-    if "trust_region" in line and re.search(r"class_path|[Ii]mport path|not a subclass|ImportError", line):
-        given = re.search(r"class_path '([^']+)'|path string: (\S+)|Expected a path but (\S+)", line)
-        name = next((group for group in given.groups() if group), "?") if given else "?"
-        return f"unknown trust region {name!r}; known: {', '.join(known_regions())}; or the class_path of your own"
+    component = re.search(rf'[Kk]ey "(?:[\w.]*\.)?({"|".join(COMPONENTS)})"', line)
+    given = re.search(r"path string: (\S+)|'class_path': '([^']+)'|Given value: '?([\w.]+)", line)
+    if component and given and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
+        what, base = COMPONENTS[component[1]]
+        name = next(group for group in given.groups() if group)
+        return f"unknown {what} {name!r}; known: {', '.join(known_classes(base))}; or the class_path of your own"
     return line
 
 
@@ -148,35 +176,52 @@ def config_keys(parser: LightningArgumentParser) -> list[str]:
     return [action.dest for action in parser._actions]
 
 
-def known_regions() -> list[str]:
-    """Names of the trust regions that come with the library."""
-    return sorted(
-        name
-        for name in trust_region.__all__
-        if isinstance(region := getattr(trust_region, name), type)
-        and issubclass(region, trust_region.TrustRegion)
-        and region not in (trust_region.TrustRegion, trust_region.DivergenceMask)
-    )
+def known_classes(base: type) -> list[str]:
+    """Names of the concrete classes of a kind that come with the library."""
+    found, queue = set(), [base]
+    while queue:
+        kind = queue.pop()
+        queue += kind.__subclasses__()
+        if kind.__module__.startswith("dppo_lightning.") and not inspect.isabstract(kind):
+            found.add(kind.__name__)
+    if base is trust_region.TrustRegion:  # nn.Modules cannot be abstract: the bases are those that are not exported
+        found &= set(trust_region.__all__) - {"TrustRegion", "DivergenceMask"}
+    return sorted(found)
 
 
 def quieten() -> None:
-    """Leave the screen to the start table, the progress bar and the summary."""
+    """Leave the screen to our own messages, the start table, the progress bar and the summary."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     transformers.utils.logging.disable_progress_bar()
 
 
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show what the package itself reports."""
+    own, handler = logging.getLogger("dppo_lightning"), logging.StreamHandler(sys.stdout)
+    own.setLevel(logging.INFO)
+    own.addHandler(handler)
+    try:
+        yield
+    finally:
+        own.removeHandler(handler)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``dppo``: a mistake of the user's ends in one line and exit code 2, without a traceback."""
     arguments = sys.argv[1:] if args is None else args
     quieten()
+    if os.getcwd() not in sys.path:  # classes and functions of the user's own, named by import path
+        sys.path.insert(0, os.getcwd())
     try:
-        if arguments[:1] == ["prepare"]:
-            chosen = prepare_parser().parse_args(arguments[1:])
-            prepare(**chosen.as_dict())
-        else:
-            DPPOCommandLine(arguments)
+        with messages():
+            if arguments[:1] == ["prepare"]:
+                chosen = prepare_parser().parse_args(arguments[1:])
+                prepare(chosen.name, chosen.out)
+            else:
+                DPPOCommandLine(arguments)
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.objective import Objective, TokenLoss
-from dppo_lightning.trust_region.base import TokenStats
+from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
 
@@ -67,7 +67,8 @@ class HeadOutput:
     Attributes:
         loss: [] weighted sum of the token losses; carries the gradient to hidden states and weight.
         logp: [N] float32 log pi of the sampled tokens.
-        token_loss: [N] before aggregation.
+        token_loss: [N] before aggregation: the surrogate, KL to the reference and the entropy bonus.
+        surrogate_loss: [N] the region's own part of it.
         keep: [N] False where the region stopped the update.
         divergence: [N] or None.
         entropy: [N] in nats.
@@ -78,6 +79,7 @@ class HeadOutput:
     loss: Float[Tensor, ""]
     logp: Float[Tensor, " N"]
     token_loss: Float[Tensor, " N"]
+    surrogate_loss: Float[Tensor, " N"]
     keep: Bool[Tensor, " N"]
     divergence: Float[Tensor, " N"] | None
     entropy: Float[Tensor, " N"]
@@ -107,9 +109,18 @@ class PolicyHead(nn.Module):
         self.rollout_weight: Tensor | None = None
         self.rollout_bias: Tensor | None = None
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the head's matrix products here and now: autocast's where it is on, else the weight's."""
+        return _product_dtype(self.weight)
+
     def remember_rollout(self) -> None:
-        """Keep a copy of the projection as it is now, for regions that compare whole distributions ("full")."""
-        self.rollout_weight = self.weight.detach().clone()
+        """Keep a copy of the projection as it is now, for regions that compare whole distributions ("full").
+
+        In the dtype of the products, [V, H]: another one would round mu otherwise than pi, and a policy that has not
+        moved would have a divergence.
+        """
+        self.rollout_weight = self.weight.detach().to(self.product_dtype, copy=True)
         self.rollout_bias = None if self.bias is None else self.bias.detach().clone()
 
     def forward(
@@ -119,7 +130,13 @@ class PolicyHead(nn.Module):
         objective: Objective | None = None,
         diagnostics: Mapping[str, DivergenceMask] | None = None,
     ) -> HeadOutput | Float[Tensor, " N"]:
-        """Loss and statistics under ``objective``; with no objective only the log-probs, [N] without gradient."""
+        """Loss and statistics under ``objective``; with no objective only the log-probs, [N] without gradient.
+
+        No token at all gives a zero loss that is still connected to the graph, and asks nothing of the region.
+
+        Raises:
+            TokenStatsError: A statistic that the region or a diagnostic needs is missing or not finite.
+        """
         if objective is None:
             with torch.no_grad():
                 return self._logp(hidden, batch)
@@ -129,15 +146,16 @@ class PolicyHead(nn.Module):
 
     def _logp(self, hidden: Float[Tensor, "N H"], batch: TrainingBatch) -> Float[Tensor, " N"]:
         logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        weight = self.weight.to(self.product_dtype)
         for rows in self.chunks(len(hidden)):
-            logits = self.logits(hidden[rows], self.weight, self.bias)
+            logits = self.logits(hidden[rows], weight, self.bias)
             logp[rows] = _gather(logits, batch.targets[rows]) - logits.logsumexp(dim=-1)
         return logp
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of at most as many tokens as the memory budget allows; one empty slice where there are no tokens."""
+        """Slices of at most as many tokens as the memory budget allows; none where there are no tokens."""
         size: int = max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
-        return (slice(start, min(start + size, tokens)) for start in range(0, max(tokens, 1), size))
+        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
     def logits(
         self, hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
@@ -173,38 +191,34 @@ class _Work:
         """The loss, and its gradient with respect to hidden states, weight and bias."""
         grads = _Gradients(hidden, weight, bias)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        planned = self._plan_sequences(hidden, weight, bias) if self.objective.region.scope == "sequence" else None
+        by_sequence = self.objective.region.scope == "sequence" and len(hidden) > 0
+        planned = self._plan_sequences(hidden, weight, bias) if by_sequence else None
         for rows in self.head.chunks(len(hidden)):
             logits = self.head.logits(hidden[rows], weight, bias)
             normalised = logits - logits.logsumexp(dim=-1, keepdim=True)
             probabilities = normalised.exp()
+            seen = self._see(rows, normalised, probabilities)
             if planned is None:
-                tokens = self._tokens(rows, normalised, probabilities, hidden)
-                chunk_loss, grad_logp, grad_entropy = self._differentiate(tokens, rows, normalised)
+                chunk_loss, grad_logp, grad_entropy = self._differentiate(seen, rows)
                 loss += chunk_loss
             else:
-                grad_logp, grad_entropy = planned.grad_logp[rows], planned.grad_entropy
-                grad_entropy = None if grad_entropy is None else grad_entropy[rows]
-                if self.diagnostics:
-                    self._diagnose(self._tokens(rows, normalised, probabilities, hidden), rows, normalised)
+                grad_logp, grad_entropy = planned.grad_logp[rows], _rows(planned.grad_entropy, rows)
+            self._diagnose(seen)
             grad = _logit_gradient_(normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy)
             grads.add(rows, self.head.transform.backward_(grad, logits), hidden[rows])
         if planned is not None:
             loss = planned.loss
         return loss, grads.hidden, grads.weight, grads.bias
 
-    def _tokens(
-        self,
-        rows: slice,
-        normalised: Float[Tensor, "n V"],
-        probabilities: Float[Tensor, "n V"],
-        hidden: Float[Tensor, "N H"],
-    ) -> TokenStats:
+    def _see(
+        self, rows: slice, normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], whole: bool = True
+    ) -> _Seen:
+        """Statistics of a chunk; both whole distributions too, where something compares them."""
         batch = self.batch
         topk_logp = rollout_topk = None
         if "topk" in self.needs and batch.topk_ids is not None:
             topk_logp, rollout_topk = normalised.gather(1, batch.topk_ids[rows]), _rows(batch.rollout_topk_logp, rows)
-        return TokenStats(
+        tokens = TokenStats(
             logp=_gather(normalised, batch.targets[rows]),
             rollout_logp=batch.rollout_logp[rows],
             advantage=batch.advantage[rows],
@@ -215,47 +229,49 @@ class _Work:
             sequence=batch.sequence[rows],
             position=batch.position[rows],
         )
+        if not whole or "full" not in self.needs:
+            return _Seen(tokens, None)
+        return _Seen(tokens, replace(tokens, topk_logp=normalised, rollout_topk_logp=self._rollout_table(rows)))
 
-    def _with_whole_vocabulary(self, tokens: TokenStats, rows: slice, normalised: Float[Tensor, "n V"]) -> TokenStats:
-        """Top-K statistics of width V: both distributions whole, mu's rebuilt from what was kept of rollout time."""
-        head, batch = self.head, self.batch
-        if batch.rollout_hidden is None or head.rollout_weight is None:
-            return tokens
-        rollout = head.logits(batch.rollout_hidden[rows], head.rollout_weight, head.rollout_bias)
-        rollout -= rollout.logsumexp(dim=-1, keepdim=True)
-        return replace(tokens, topk_logp=normalised, rollout_topk_logp=rollout)
+    def _rollout_table(self, rows: slice) -> Float[Tensor, "n V"]:
+        """log mu at every id, rebuilt from the hidden states and the projection of rollout time."""
+        head, hidden = self.head, self.batch.rollout_hidden
+        if hidden is None or head.rollout_weight is None:
+            raise TokenStatsError(
+                'a whole-vocabulary divergence ("full") needs rollout_hidden in the batch and, before the rollout\'s '
+                "first step, PolicyHead.remember_rollout()"
+            )
+        table = head.logits(hidden[rows], head.rollout_weight, head.rollout_bias)
+        table -= table.logsumexp(dim=-1, keepdim=True)
+        return table
 
-    def _differentiate(
-        self, tokens: TokenStats, rows: slice | None, normalised: Float[Tensor, "n V"] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _differentiate(self, seen: _Seen, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weighted loss of these tokens and its derivatives by log-prob and entropy; statistics are collected."""
-        every = slice(None) if rows is None else rows
+        tokens = seen.by(self.objective.region)
         with torch.enable_grad():
             logp = tokens.logp.detach().requires_grad_()
             entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
             leaf = replace(tokens, logp=logp, entropy=entropy)
-            if "full" in self.objective.region.needs and normalised is not None:
-                leaf = self._with_whole_vocabulary(leaf, every, normalised)
-            result = self.objective(leaf, _rows(self.batch.reference_logp, every))
-            total = (self.batch.weight[every] * result.loss).sum()
+            result = self.objective(leaf, _rows(self.batch.reference_logp, rows))
+            total = (self.batch.weight[rows] * result.loss).sum()
             grad_logp, grad_entropy = torch.autograd.grad(
                 total, (logp, entropy if entropy is not None else logp), allow_unused=True
             )
         self._collect(tokens, result)
-        if normalised is not None and self.diagnostics:
-            self._diagnose(tokens, every, normalised)
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
         return total.detach(), grad_logp, grad_entropy if entropy is not None else None
 
-    def _diagnose(self, tokens: TokenStats, rows: slice, normalised: Float[Tensor, "n V"]) -> None:
+    def _diagnose(self, seen: _Seen) -> None:
         for name, region in self.diagnostics.items():
-            seen = self._with_whole_vocabulary(tokens, rows, normalised) if "full" in region.needs else tokens
-            self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(seen))
+            tokens = seen.by(region)
+            check_tokens(region, tokens)
+            self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(tokens))
 
     def _collect(self, tokens: TokenStats, result: TokenLoss) -> None:
         found = {
             "logp": tokens.logp,
             "token_loss": result.loss,
+            "surrogate_loss": result.surrogate.loss,
             "keep": result.surrogate.keep,
             "divergence": result.surrogate.divergence,
             "entropy": tokens.entropy,
@@ -269,27 +285,41 @@ class _Work:
         self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
     ) -> _Planned:
         """First pass of a sequence-scope region: statistics of every token, the region on all of them at once."""
-        pieces: list[TokenStats] = []
+        pieces: list[TokenStats] = []  # [N] and [N, K + 1] only: a whole-vocabulary region is never of this scope
         for rows in self.head.chunks(len(hidden)):
             logits = self.head.logits(hidden[rows], weight, bias)
             logits -= logits.logsumexp(dim=-1, keepdim=True)
-            pieces.append(self._tokens(rows, logits, logits.exp(), hidden))
-        loss, grad_logp, grad_entropy = self._differentiate(_concatenated(pieces), None, None)
+            pieces.append(self._see(rows, logits, logits.exp(), whole=False).tokens)
+        loss, grad_logp, grad_entropy = self._differentiate(_Seen(_concatenated(pieces), None), slice(None))
         return _Planned(loss, grad_logp, grad_entropy)
 
     def output(self, loss: Tensor) -> HeadOutput:
         """Join what the chunks collected."""
         joined = {name: torch.cat(values) for name, values in self.collected.items()}
+        none = loss.new_zeros(0)
         return HeadOutput(
             loss=loss,
-            logp=joined["logp"],
-            token_loss=joined["token_loss"],
-            keep=joined["keep"],
+            logp=joined.get("logp", none),
+            token_loss=joined.get("token_loss", none),
+            surrogate_loss=joined.get("surrogate_loss", none),
+            keep=joined.get("keep", none.bool()),
             divergence=joined.get("divergence"),
-            entropy=joined["entropy"],
+            entropy=joined.get("entropy", none),
             kl=joined.get("kl"),
-            diagnostics={name: joined[f"diagnostics/{name}"] for name in self.diagnostics},
+            diagnostics={name: joined.get(f"diagnostics/{name}", none) for name in self.diagnostics},
         )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Statistics of a chunk's tokens, and the same with both whole distributions as their top-K tables."""
+
+    tokens: TokenStats
+    whole: TokenStats | None
+
+    def by(self, region: TrustRegion) -> TokenStats:
+        """What ``region`` is given."""
+        return self.whole if self.whole is not None and "full" in region.needs else self.tokens
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ GLOSSARY: dict[str, str] = {
     "train/no_signal": "share of groups whose rewards are all equal, which teach nothing",
     "train/failed": "requests that the engine could not serve",
     "train/loss": "the step's loss, under the configured aggregation",
-    "train/surrogate": "mean over tokens of keep x ratio x advantage, the objective of DPPO eq. 12",
+    "train/surrogate": "mean over tokens of what the region maximises: keep x min(ratio, C) x advantage (DPPO eq. 12)",
     "train/masked_share": "share of tokens that the region stopped",
     "train/masked_share_positive": "share of the tokens with advantage > 0 that the region stopped",
     "train/masked_share_negative": "share of the tokens with advantage < 0 that the region stopped",
@@ -40,7 +40,8 @@ GLOSSARY: dict[str, str] = {
     "perf/trained_tokens_per_s": "generated tokens per second of training",
     "time/generate": "seconds of generation, of the rollout that the step begins",
     "time/reward": "seconds of reward functions, of the rollout that the step begins",
-    "time/annotate": "seconds of no-gradient passes before a rollout's first step: reference and recomputed log-probs",
+    "time/annotate": "seconds of no-gradient passes before a rollout's first step, 0 when nothing asks for them: "
+    "recomputed log-probs, hidden states (full-vocabulary regions, diagnostics), reference log-probs",
     "time/train": "seconds of forward, backward and optimizer of the step",
     "time/sync": "seconds of the weight update and parity probe after the rollout's last step",
     "sync/parity_error": "largest |log-prob of the engine - log-prob of the trainer| on the probe sequence",
@@ -51,7 +52,8 @@ GLOSSARY: dict[str, str] = {
     "heldout/length": "mean length of held-out completions, in tokens",
 }
 """Beside these: ``train/part/<name>`` and ``heldout/part/<name>``, the named parts of the reward, and
-``diagnostics/<divergence>``, divergences measured beside the region's own."""
+``diagnostics/<divergence>`` (binary_tv, topk_tv, full_tv, binary_kl, topk_kl, full_kl), means over the step's tokens of
+divergences measured beside the region's own."""
 
 
 def check_names(values: Mapping[str, float]) -> Mapping[str, float]:
@@ -83,7 +85,7 @@ class StepMetrics(nn.Module):
         shift = output.logp.exp() - batch.rollout_logp.exp()
         stopped = (~output.keep).float()
         negative = batch.advantage < 0
-        self._add("train/surrogate", MeanMetric, torch.where(output.keep, ratio, 0) * batch.advantage)
+        self._add("train/surrogate", MeanMetric, -output.surrogate_loss)
         self._add("train/masked_share", MeanMetric, stopped)
         self._add("train/masked_share_positive", MeanMetric, stopped[batch.advantage > 0])
         self._add("train/masked_share_negative", MeanMetric, stopped[negative])

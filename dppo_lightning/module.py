@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
+from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
 
 if TYPE_CHECKING:
     from dppo_lightning.head import HeadOutput
@@ -50,6 +52,9 @@ class DPPOModule(pl.LightningModule):
         entropy_coefficient: Weight of an entropy bonus, >= 0.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         logits_mib: Memory of one chunk of logits in the head, in MiB.
+        divergence_diagnostics: Log binary, Top-K and whole-vocabulary divergences side by side (diagnostics/...),
+            whatever the trust region. Costs a no-gradient pass per rollout, a copy of the output projection and one
+            more product with it per step.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -68,6 +73,7 @@ class DPPOModule(pl.LightningModule):
         entropy_coefficient: float = 0.0,
         gradient_checkpointing: bool = False,
         logits_mib: int = 64,
+        divergence_diagnostics: bool = False,
     ) -> None:
         super().__init__()
         sequence_weights(aggregation, np.ones(1), constant_length)  # a wrong pair fails here, not in the first step
@@ -81,6 +87,7 @@ class DPPOModule(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.logits_mib = logits_mib
         self.objective = Objective(trust_region or BinaryTV(), kl, entropy_coefficient)
+        self.diagnostics = diagnostic_divergences(self.region) if divergence_diagnostics else {}
         self.step_metrics = StepMetrics()
         self.policy: Policy | None = None
         self._reference: list[Policy] = []  # in a list, so that it is no submodule: never trained, saved or sharded
@@ -100,8 +107,8 @@ class DPPOModule(pl.LightningModule):
 
     @property
     def topk(self) -> int:
-        """How many top log-probs the region asks of the engine."""
-        return int(self.region.k) if "topk" in self.region.needs else 0
+        """How many top log-probs the region and the diagnostics ask of the engine."""
+        return max(region.k if "topk" in region.needs else 0 for region in (self.region, *self.diagnostics.values()))
 
     @property
     def penalises_reward(self) -> bool:
@@ -139,8 +146,12 @@ class DPPOModule(pl.LightningModule):
         is undone.
         """
         assert self.policy is not None
-        output: HeadOutput = self.policy.head(self.policy.hidden_states(batch), batch, self.objective)
+        hidden = self.policy.hidden_states(batch)
+        output: HeadOutput = self.policy.head(hidden, batch, self.objective, self.diagnostics)
         self.step_metrics.update(batch, output, self.trainer.global_step)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunCallback):
+                callback.on_tokens(self.trainer, self, batch, output)
         return output.loss * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -211,12 +222,13 @@ class DPPOModule(pl.LightningModule):
         return self._score(self.policy, [sequence])[0]
 
     def annotate(self, sequences: list[Sequence]) -> None:
-        """Before a rollout's first step: log-probs of rollout time and of the reference, where they are needed."""
-        assert self.policy is not None
-        needs = self.region.needs
-        if "recomputed_logp" in needs:
-            for sequence, logp in zip(sequences, self._score(self.policy, sequences), strict=True):
-                sequence.recomputed_logp = logp
+        """Before a rollout's first step: what is needed of rollout time and of the reference.
+
+        For "recomputed_logp" and "full" together one pass; what is not needed is not computed.
+        """
+        needs = self.region.needs.union(*(region.needs for region in self.diagnostics.values()))
+        if needs & {"recomputed_logp", "full"}:
+            self._remember_rollout(sequences, needs)
         if self._reference and sequences and sequences[0].reference_logp is None:
             for sequence, logp in zip(sequences, self._score(self._reference[0], sequences), strict=True):
                 sequence.reference_logp = logp
@@ -237,19 +249,40 @@ class DPPOModule(pl.LightningModule):
             totals.append(self.kl.coefficient * float(kl.sum()))
         return totals
 
-    @torch.no_grad()
+    def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
+        """Keep the policy of rollout time: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
+        assert self.policy is not None
+        head = self.policy.head
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            if "full" in needs:
+                head.remember_rollout()
+            for part, batch in self._score_batches(sequences):
+                hidden = self.policy.hidden_states(batch)
+                counts = [sequence.tokens for sequence in part]
+                if "full" in needs:
+                    # in the products' dtype, to which the head would round them anyway
+                    for sequence, states in zip(part, hidden.to(head.product_dtype).cpu().split(counts), strict=True):
+                        sequence.rollout_hidden = states
+                if "recomputed_logp" in needs:
+                    for sequence, logp in zip(part, head(hidden, batch).cpu().split(counts), strict=True):
+                        sequence.recomputed_logp = logp.numpy()
+
     def _score(self, policy: Policy, sequences: list[Sequence]) -> list[np.ndarray]:
-        """Log-probs [T] of each sequence's generated tokens, a training step's worth at a time."""
+        """Log-probs [T] of each sequence's generated tokens, in the precision of training."""
         policy.to(self.device)
-        parts = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
         found: dict[int, np.ndarray] = {}
-        for part in split_by_tokens(sequences, min(parts, max(len(sequences), 1))):
-            if not part:
-                continue
-            batch = pack(part, np.zeros(len(part))).to(self.device)
-            pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
-            found |= {id(sequence): piece.numpy() for sequence, piece in zip(part, pieces, strict=True)}
+        with self.trainer.precision_plugin.forward_context():
+            for part, batch in self._score_batches(sequences):
+                pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
+                found |= {id(sequence): piece.numpy() for sequence, piece in zip(part, pieces, strict=True)}
         return [found[id(sequence)] for sequence in sequences]
+
+    def _score_batches(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], TrainingBatch]]:
+        """The sequences as micro-batches of the size of training's."""
+        parts = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
+        for part in split_by_tokens(sequences, min(parts, max(len(sequences), 1))):
+            if part:
+                yield part, pack(part, np.zeros(len(part))).to(self.device)
 
     def on_validation_start(self) -> None:
         self.ensure_synced()

@@ -67,13 +67,14 @@ class Objective(nn.Module):
         entropy_coefficient: >= 0.
 
     Raises:
-        ConfigError: The entropy coefficient is negative.
+        ConfigError: The entropy coefficient is negative, or the region asks for what cannot be given.
     """
 
     def __init__(self, region: TrustRegion, kl: ReferenceKL, entropy_coefficient: float = 0.0) -> None:
         super().__init__()
         if not entropy_coefficient >= 0:
             raise ConfigError(f"model.entropy_coefficient must be >= 0, got {entropy_coefficient}")
+        check_needs(region)
         self.region = region
         self.kl = kl
         self.entropy_coefficient = entropy_coefficient
@@ -91,3 +92,21 @@ class Objective(nn.Module):
                 raise ConfigError("an entropy bonus needs the entropy of every token, which was not given")
             loss = loss - self.entropy_coefficient * tokens.entropy
         return TokenLoss(loss, surrogate, kl)
+
+
+def check_needs(region: TrustRegion) -> None:
+    """Refuse a region that asks for what the head cannot give it.
+
+    Raises:
+        ConfigError: It needs something unknown, "topk" without k, "topk" and "full" at once, or "full" over sequences.
+    """
+    name, needs = type(region).__name__, region.needs
+    known = {"topk", "recomputed_logp", "entropy", "full"}
+    if needs - known:
+        raise ConfigError(f"{name}: needs must be among {sorted(known)}, got {sorted(needs - known)}")
+    if "topk" in needs and region.k < 1:
+        raise ConfigError(f'{name} needs "topk": set k to how many ids are asked of the rollout engine, >= 1')
+    if {"topk", "full"} <= needs:
+        raise ConfigError(f'{name} needs "topk" and "full", which share one table: choose one of them')
+    if "full" in needs and region.scope == "sequence":
+        raise ConfigError(f'{name} needs "full", whose tables exist for one chunk at a time: its scope must be "token"')

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dppo_lightning import attention
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.head import LogitTransform, PolicyHead
+from dppo_lightning.packing import Layout
 
 
 class Policy(nn.Module):
@@ -23,6 +26,12 @@ class Policy(nn.Module):
         temperature: Of sampling; divides the logits.
         logits_mib: Memory of one chunk of logits, see PolicyHead.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        shared_prompts: Run micro-batches without padding, and a group's prompt once for all its completions, where the
+            model's attention allows it.
+
+    Attributes:
+        layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
+            off or the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers).
 
     Raises:
         ConfigError: The model cannot be found or is no causal LM.
@@ -34,9 +43,13 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         logits_mib: int = 64,
         gradient_checkpointing: bool = False,
+        shared_prompts: bool = True,
     ) -> None:
         super().__init__()
         self.model = load_model(name)
+        self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
+        if self.layout == "packed":
+            self.model.set_attn_implementation(attention.NAME)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         transform = LogitTransform.of_model(self.model.config.get_text_config(), temperature)
@@ -45,11 +58,11 @@ class Policy(nn.Module):
     def hidden_states(self, batch: TrainingBatch) -> Float[Tensor, "N H"]:
         """Hidden states at the positions that predict a generated token.
 
-        No attention mask is needed: rows are padded on the right, and under causal attention nothing real sees padding.
+        Rows need no attention mask: they are padded on the right, and under causal attention nothing real sees padding.
         """
         backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[batch.predict_index]
+        hidden = backbone(input_ids=batch.input_ids, use_cache=False, **_attends(batch)).last_hidden_state
+        return functional.embedding(batch.predict_index, hidden.flatten(0, 1))  # a shared prompt's end is taken often
 
     @torch.no_grad()
     def logp(self, batch: TrainingBatch) -> Float[Tensor, " N"]:
@@ -59,6 +72,18 @@ class Policy(nn.Module):
     def named_weights(self) -> list[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, once: of tied parameters the first name."""
         return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+
+
+def _attends(batch: TrainingBatch) -> dict[str, Any]:
+    """What tells the model how the row attends.
+
+    A mask with four dimensions is handed on as it is: with none, transformers would look at the positions, find several
+    sequences in the row, and build a mask of [T, T].
+    """
+    if batch.segments is None:
+        return {}
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    return {"position_ids": batch.position_ids, "attention_mask": unused, "segments": batch.segments}
 
 
 def load_model(name: str) -> PreTrainedModel:

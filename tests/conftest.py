@@ -1,10 +1,17 @@
 """Tiny models with random weights, for every test that needs a model."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: spinning threads slow down tiny models
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = [chr(code) for code in range(32, 127)]
 
 
 def save_tiny_llama(folder: Path, tied: bool) -> str:
@@ -38,3 +45,20 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_untied_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with an output projection of its own."""
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+def save_character_tokenizer(folder: str | Path) -> None:
+    """One id for each printable ASCII character, and id 95 for the end: 96 in all, as the tiny Llama has words."""
+    vocabulary = {token: place for place, token in enumerate([*CHARACTERS, "<end>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama that can be trained: with a tokenizer of characters."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("models") / "policy", tied=True)
+    save_character_tokenizer(folder)
+    return folder

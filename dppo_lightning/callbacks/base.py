@@ -1,10 +1,11 @@
-"""RunCallback: a Lightning callback that also sees rollouts."""
+"""RunCallback: a Lightning callback that also sees rollouts and tokens."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from dppo_lightning.batch import Group
+from dppo_lightning.batch import Group, TrainingBatch
+from dppo_lightning.head import HeadOutput
 
 
 class RunCallback(pl.Callback):
@@ -15,6 +16,14 @@ class RunCallback(pl.Callback):
 
     def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
         """Called with every training rollout, rewarded and with advantages, before its first optimizer step."""
+
+    def on_tokens(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, output: HeadOutput
+    ) -> None:
+        """Called with every micro-batch, after its forward pass: N tokens and what the head found of them.
+
+        It runs in the training loop: work on the tensors, without a loop over tokens.
+        """
 
     def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
         """Called with the rewarded completions of every held-out evaluation."""

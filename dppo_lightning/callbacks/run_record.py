@@ -55,11 +55,14 @@ def check_unused(run_dir: Path) -> None:
 
 
 def discard_unless_begun(run_dir: Path) -> None:
-    """Remove what loggers leave in the directory of a run that failed before it began."""
-    if not (run_dir / "config.yaml").exists():
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        if run_dir.is_dir() and not any(run_dir.iterdir()):
-            run_dir.rmdir()
+    """Remove what a run that failed before its first completion left in its directory, so that it can be used again."""
+    if any((run_dir / name).exists() for name in ("completions.jsonl", "heldout.jsonl", "checkpoints")):
+        return
+    for name in ("config.yaml", "run.json", "start.txt", "metrics.csv", "hparams.yaml"):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    if run_dir.is_dir() and not any(run_dir.iterdir()):
+        run_dir.rmdir()
 
 
 def versions() -> dict[str, str]:

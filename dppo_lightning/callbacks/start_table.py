@@ -41,7 +41,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     return [
         ("model", f"{module.policy_name} ({_count(parameters)} parameters, {trainer.precision})"),
         ("trust region", f"{type(module.region).__name__}({region})"),
-        ("anchor", f"{module.region.anchor} policy"),
+        ("anchor", f"{module.region.describe()['anchor']} policy"),
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),
         ("advantage, aggregation", f"{type(module.advantage).__name__}, {module.aggregation}"),
         ("engine", f"{engine}, {data.rollout_dtype}"),

@@ -1,0 +1,20 @@
+"""Where questions come from: sources give raw examples, ``encode`` tokenises them, the sampler orders them."""
+
+from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
+from dppo_lightning.prompts.encoding import encode
+from dppo_lightning.prompts.files import JsonlPrompts, ParquetPrompts
+from dppo_lightning.prompts.gym import ReasoningGymPrompts
+from dppo_lightning.prompts.huggingface import HuggingFacePrompts
+from dppo_lightning.prompts.sampler import PromptSampler
+
+__all__ = [
+    "Example",
+    "HuggingFacePrompts",
+    "JsonlPrompts",
+    "ParquetPrompts",
+    "PromptSampler",
+    "PromptSets",
+    "PromptSource",
+    "ReasoningGymPrompts",
+    "encode",
+]

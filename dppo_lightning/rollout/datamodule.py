@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 
 from dppo_lightning.aggregation import sequence_weights
 from dppo_lightning.batch import Group, Prompt, Sequence, TrainingBatch, pack, split_by_tokens
@@ -23,6 +23,8 @@ from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from dppo_lightning.module import DPPOModule
@@ -168,7 +170,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest)
         self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest)
         if dropped or heldout_dropped:
-            rank_zero_info(
+            log.info(
                 f"dropped prompts longer than {longest} tokens: {dropped} for training, {heldout_dropped} held out"
             )
         widest = max(len(prompt.token_ids) for prompt in (*self.train_prompts, *self.heldout_prompts))

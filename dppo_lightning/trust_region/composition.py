@@ -20,7 +20,8 @@ class Combined(TrustRegion):
         masks: At least two regions whose gradient is a constant weight times grad log pi.
 
     Raises:
-        ConfigError: Fewer than two members, or one that is differentiable in the ratio.
+        ConfigError: Fewer than two members, one that is differentiable in the ratio, or a full-vocabulary member
+            beside one that needs a table too or whole sequences.
     """
 
     def __init__(self, masks: list[TrustRegion]) -> None:
@@ -37,6 +38,8 @@ class Combined(TrustRegion):
                 "Combined: a Top-K and a full-vocabulary region cannot share one table, choose one of them"
             )
         self.scope = "sequence" if any(mask.scope == "sequence" for mask in masks) else "token"
+        if self.scope == "sequence" and "full" in self.needs:
+            raise ConfigError("Combined: a full-vocabulary region cannot be combined with one over sequences")
         widths = {mask.k for mask in masks if "topk" in mask.needs}
         if len(widths) > 1:
             raise ConfigError(f"Combined: all Top-K members must have the same k, got {sorted(widths)}")
@@ -72,5 +75,5 @@ class Combined(TrustRegion):
         for place, mask in enumerate(self.members, start=1):
             rows = {key: value for key, value in mask.describe().items() if key != "region"}
             described |= {f"{place}.{type(mask).__name__}.{key}": value for key, value in rows.items()}
-        anchors = {mask.describe()["anchor"] for mask in self.members}
-        return {**described, "anchor": anchors.pop() if len(anchors) == 1 else "one for each member"}
+        anchors = {anchor for mask in self.members for anchor in mask.describe()["anchor"].split(" and ")}
+        return {**described, "anchor": " and ".join(name for name in ("rollout", "recomputed") if name in anchors)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dppo_lightning.errors import ConfigError, DPPOError
+from dppo_lightning.module import DPPOModule
 from dppo_lightning.trust_region import (
     CISPO,
     CPPO,
@@ -105,6 +106,7 @@ OUT_OF_RANGE = [
     (lambda: Combined([BinaryTV(), DualClip()]), "DualClip"),
     (lambda: Combined([TopKTV(k=5), TopKKL(k=20)]), "same k"),
     (lambda: Combined([TopKTV(), FullTV()]), "Top-K"),
+    (lambda: Combined([FullTV(), VACO(0.1)]), "over sequences"),
 ]
 
 
@@ -242,3 +244,28 @@ def test_a_plug_in_writes_only_its_divergence():
     assert torch.equal(surrogate.keep, ~((distance > 0.01) & (tokens.advantage * (p - q) > 0)))
     assert not surrogate.keep.all()
     assert region.describe()["region"] == "HellingerMask"
+
+
+class Asking(DivergenceMask):
+    """A plug-in that asks for what the class attributes say."""
+
+    def __init__(self, needs: set[str], k: int = 0, scope: str = "token") -> None:
+        super().__init__(0.1)
+        self.needs, self.k, self.scope = frozenset(needs), k, scope
+
+
+@pytest.mark.parametrize(
+    ("region", "named"),
+    [
+        (Asking({"top_k"}, k=5), "top_k"),
+        (Asking({"topk"}), "set k"),
+        (Asking({"topk", "full"}, k=5), "one table"),
+        (Asking({"full"}, scope="sequence"), "scope must be"),
+    ],
+    ids=["unknown", "no-k", "both-tables", "full-over-sequences"],
+)
+def test_a_plug_in_that_asks_for_what_cannot_be_given_is_refused_when_the_module_is_built(region, named):
+    with pytest.raises(ConfigError, match=named) as refusal:
+        DPPOModule("none", region)
+    assert "\n" not in str(refusal.value)
+    assert "Asking" in str(refusal.value)

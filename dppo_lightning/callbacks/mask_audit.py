@@ -1,0 +1,239 @@
+"""MaskAudit: which tokens the trust region stopped, how often, and where they stood."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.head import HeadOutput
+from dppo_lightning.module import DPPOModule
+
+BY_TOKEN = ("seen", "stopped", "mu", "pi", "positive", "position")
+"""Sums kept for every token id; all but the first count stopped tokens only."""
+TOTALS = ("tokens", "stopped", "stopped_positive", "stopped_negative", "stopped_rare", "negative", "negative_moved")
+RARE = 0.15  # mu of the tokens that ratio clipping stops most (arXiv 2602.04879, finding 4)
+MOVED = 0.5  # |pi - mu| of the few tokens that cause the collapse (section 5.3)
+
+Row = dict[str, Any]
+
+
+class MaskAudit(RunCallback):
+    """Sums over token ids, on the tensors of the head; only the rows that are shown become Python numbers.
+
+    Writes ``mask_audit.jsonl`` (a line for every optimizer step), and at the end ``mask_audit.txt``, which is printed
+    too. A line holds ``step`` (optimizer steps taken before it), ``totals`` and ``top``, the tokens stopped most often.
+
+    Totals: ``tokens``; ``stopped``, of these ``stopped_positive`` and ``stopped_negative`` by sign of the advantage and
+    ``stopped_rare`` with mu < 0.15; ``negative``, tokens with A < 0, of these ``negative_moved`` with |pi - mu| > 0.5;
+    and the shares ``stopped_share`` (of tokens), ``stopped_rare_share`` (of stopped), ``negative_moved_share`` (of
+    negative), null where there is nothing to divide by.
+
+    A row of ``top``: ``id``, ``token``, ``stopped``, ``seen``, and of the stopped ones the means ``mu``, ``pi`` and
+    ``position`` (place in the completion) and ``positive_share`` (A > 0).
+
+    Args:
+        rows: Tokens in a line of the JSONL and in the table, >= 1.
+
+    Raises:
+        ConfigError: ``rows`` is out of range.
+    """
+
+    def __init__(self, rows: int = 20) -> None:
+        if rows < 1:
+            raise ConfigError(f"MaskAudit: rows must be >= 1, got {rows}")
+        self.rows = rows
+        self.step = Tally()
+        self.run = Tally()
+
+    def on_tokens(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, output: HeadOutput
+    ) -> None:
+        assert isinstance(pl_module, DPPOModule)
+        assert pl_module.policy is not None
+        self.step.make_room(pl_module.policy.model.config.get_text_config().vocab_size, batch.targets.device)
+        self.step.add(batch, output)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.step.reduce(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        self.run.merge(self.step)
+        if trainer.is_global_zero:
+            line = {
+                "step": trainer.global_step - 1,
+                "totals": self.step.totals(),
+                "top": named(self.step.top(self.rows), pl_module),
+            }
+            path = Path(trainer.default_root_dir) / "mask_audit.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.step = Tally()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._conclude(trainer, pl_module, printed=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._conclude(trainer, pl_module, printed=False)
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, printed: bool) -> None:
+        totals = self.run.totals()
+        if not trainer.is_global_zero or not totals["tokens"]:
+            return
+        table = audit_table(totals, named(self.run.top(self.rows), pl_module))
+        with (Path(trainer.default_root_dir) / "mask_audit.txt").open("w", encoding="utf-8") as file:
+            Console(file=file, width=120).print(table)
+        if printed and totals["stopped"]:
+            Console().print(table)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted so far, of the ids that were seen."""
+        return self.run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.run = Tally.from_state(state_dict)
+
+
+class Tally:
+    """Sums over token ids [6, V] and over all tokens [7], in float64: counts stay exact, and no step waits for them."""
+
+    def __init__(self) -> None:
+        self.by_token: Float[Tensor, "6 V"] = torch.zeros(len(BY_TOKEN), 0, dtype=torch.float64)
+        self.total: Float[Tensor, " 7"] = torch.zeros(len(TOTALS), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, batch: TrainingBatch, output: HeadOutput) -> None:
+        """Count the N tokens of one micro-batch; there must be room for their ids."""
+        mu, pi = batch.rollout_logp.double().exp(), output.logp.double().exp()
+        stopped = (~output.keep).double()
+        positive, negative = (batch.advantage > 0).double(), (batch.advantage < 0).double()
+        seen = torch.ones_like(mu)
+        values = torch.stack([seen, stopped, stopped * mu, stopped * pi, stopped * positive, stopped * batch.position])
+        self.by_token.index_add_(1, batch.targets, values)
+        counted = [
+            seen,
+            stopped,
+            stopped * positive,
+            stopped * negative,
+            stopped * (mu < RARE),
+            negative,
+            negative * ((pi - mu).abs() > MOVED),
+        ]
+        self.total += torch.stack([column.sum() for column in counted])
+
+    def merge(self, other: Tally) -> None:
+        """Add what another one counted."""
+        self.make_room(other.by_token.shape[1], other.by_token.device)
+        self.by_token[:, : other.by_token.shape[1]] += other.by_token
+        self.total += other.total
+
+    def reduce(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums by those over all ranks."""
+        self.by_token, self.total = over_ranks(self.by_token), over_ranks(self.total)
+
+    def make_room(self, vocabulary: int, device: torch.device) -> None:
+        """Have a column for every id below ``vocabulary``, on ``device``."""
+        missing = max(0, vocabulary - self.by_token.shape[1])
+        self.by_token = torch.nn.functional.pad(self.by_token.to(device), (0, missing))
+        self.total = self.total.to(device)
+
+    def totals(self) -> dict[str, float | None]:
+        """Counts of all tokens, and their shares."""
+        counts = dict(zip(TOTALS, (int(count) for count in self.total.tolist()), strict=True))
+        return {
+            **counts,
+            "stopped_share": _share(counts["stopped"], counts["tokens"]),
+            "stopped_rare_share": _share(counts["stopped_rare"], counts["stopped"]),
+            "negative_moved_share": _share(counts["negative_moved"], counts["negative"]),
+        }
+
+    def top(self, rows: int) -> list[Row]:
+        """The ids stopped most often, those never stopped left out; of equals the smaller id comes first."""
+        stopped = self.by_token[1]
+        # topk breaks ties as it likes: the smaller id is made the larger key
+        keys = stopped * (len(stopped) + 1) + torch.arange(len(stopped), 0, -1, device=stopped.device)
+        ids = keys.topk(min(rows, len(stopped))).indices
+        found = []
+        for token_id, column in zip(ids.tolist(), self.by_token[:, ids].t().tolist(), strict=True):
+            sums = dict(zip(BY_TOKEN, column, strict=True))
+            count = sums["stopped"]
+            if count == 0:
+                break
+            means = {name: round(sums[name] / count, 6) for name in ("mu", "pi", "position")}
+            positive = round(sums["positive"] / count, 6)
+            found.append(
+                {"id": token_id, "stopped": int(count), "seen": int(sums["seen"]), **means, "positive_share": positive}
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only the ids that were seen: a vocabulary is long."""
+        ids = self.by_token[0].nonzero().flatten()
+        return {"ids": ids.cpu(), "by_token": self.by_token[:, ids].cpu(), "total": self.total.cpu()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Tally:
+        tally = cls()
+        ids: Tensor = state["ids"]
+        if len(ids):
+            tally.make_room(int(ids.max()) + 1, ids.device)
+            tally.by_token[:, ids] = state["by_token"]
+        tally.total = state["total"].clone()
+        return tally
+
+
+def named(rows: list[Row], module: pl.LightningModule) -> list[Row]:
+    """The rows with the text of each token."""
+    assert isinstance(module, DPPOModule)
+    tokenizer = module.data.tokenizer
+    return [{"id": row["id"], "token": tokenizer.decode([row["id"]])} | row for row in rows]
+
+
+def audit_table(totals: dict[str, float | None], rows: Iterable[Row]) -> Table:
+    """The table at the end of a run."""
+    title = "no token was stopped by the trust region"
+    if totals["stopped"]:
+        title = (
+            f"tokens stopped by the trust region: {totals['stopped']} of {totals['tokens']} "
+            f"({_percent(totals['stopped_share'])}), {totals['stopped_positive']} with A > 0, "
+            f"{totals['stopped_negative']} with A < 0; mu < {RARE} in {_percent(totals['stopped_rare_share'])} of them"
+        )
+    caption = f"|pi - mu| > {MOVED} in {_percent(totals['negative_moved_share'])} of the tokens with A < 0"
+    table = Table(title=title, caption=caption)
+    for name in ("token", "id", "stopped", "seen", "mean mu", "mean pi", "A > 0", "mean position"):
+        table.add_column(name, justify="left" if name == "token" else "right")
+    for row in rows:
+        table.add_row(
+            escape(json.dumps(row["token"], ensure_ascii=False)),
+            str(row["id"]),
+            str(row["stopped"]),
+            str(row["seen"]),
+            f"{row['mu']:.3g}",
+            f"{row['pi']:.3g}",
+            _percent(row["positive_share"]),
+            f"{row['position']:.1f}",
+        )
+    return table
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.3g} %"

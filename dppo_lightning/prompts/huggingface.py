@@ -1,0 +1,70 @@
+"""HuggingFacePrompts: questions from a data set of the Hugging Face hub, or a local folder in its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dppo_lightning.errors import DataError
+from dppo_lightning.prompts.framing import PLACE, Framing
+from dppo_lightning.optional import require
+from dppo_lightning.prompts.rows import RowPrompts, RowReader
+
+
+class HuggingFacePrompts(RowPrompts):
+    """Questions from a Hugging Face data set; rows are checked and split as those of files are.
+
+    Args:
+        path: Name on the hub, or a local folder of JSONL, CSV or Parquet files.
+        name: Configuration of the data set, such as "main".
+        train_split: Split of the training questions, such as "train" or "train[:1000]".
+        heldout_split: Split of the held-out questions; None: ``heldout_size`` decides.
+        heldout_size: Without a held-out split, this many different questions are drawn from the training split and
+            held out, >= 0. A larger number holds out the same questions and more.
+        seed: Of that draw, >= 0.
+        prompt_column: Column of the question's text.
+        messages_column: Column of chat messages; a row has exactly one of the two.
+        answer_column: Column of the reference answer.
+        template: Text around the question, with ``{question}`` in it; rows with messages are taken as they are.
+        chat: Give the text as the user's message of a chat.
+        system: System message of that chat.
+        revision: Commit or tag on the hub; None: the newest, which may change between runs.
+
+    Raises:
+        ConfigError: A number is negative, or two settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        train_split: str = "train",
+        heldout_split: str | None = None,
+        heldout_size: int = 0,
+        seed: int = 0,
+        prompt_column: str = "prompt",
+        messages_column: str = "messages",
+        answer_column: str = "answer",
+        template: str = PLACE,
+        chat: bool = False,
+        system: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        reader = RowReader(prompt_column, messages_column, answer_column, Framing(template, chat, system))
+        super().__init__(train_split, heldout_split, heldout_size, seed, reader)
+        self.path = path
+        self.name = name
+        self.revision = revision
+
+    def label(self, part: str) -> str:
+        return f"{self.path} ({part})"
+
+    def rows(self, part: str) -> Iterator[tuple[str, Any]]:
+        datasets = require("datasets")
+        try:
+            table = datasets.load_dataset(self.path, self.name, split=part, revision=self.revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"{self.label(part)}: cannot be loaded: {reason}") from error
+        for number, row in enumerate(table, start=1):
+            yield f"{self.label(part)}, row {number}", row

@@ -1,0 +1,187 @@
+"""Rows of a table as examples: the checks and the split that every kind of table shares."""
+
+from __future__ import annotations
+
+import logging
+import math
+import reprlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
+from dppo_lightning.prompts.framing import Framing
+from dppo_lightning.prompts.separation import distinct_places, without
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Turns one row into one Example.
+
+    Args:
+        prompt_column: Holds the question's text; framed.
+        messages_column: Holds chat messages; taken as they are. A row has exactly one of the two.
+        answer_column: Holds the reference answer, text or a number; may be missing.
+        framing: How a question becomes a prompt.
+
+    Raises:
+        ConfigError: Two of the columns have the same name.
+    """
+
+    prompt_column: str = "prompt"
+    messages_column: str = "messages"
+    answer_column: str = "answer"
+    framing: Framing = field(default_factory=Framing)
+
+    def __post_init__(self) -> None:
+        if len({self.prompt_column, self.messages_column, self.answer_column}) < 3:
+            raise ConfigError("prompt_column, messages_column and answer_column must be three different names")
+
+    def example(self, row: Any, where: str) -> Example:
+        """Check a row and convert it; its other columns go to ``columns``.
+
+        Args:
+            row: What the table holds.
+            where: File and line, for messages.
+
+        Raises:
+            DataError: The row cannot be used.
+        """
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where}: must be an object with {self.prompt_column!r}, got {reprlib.repr(row)}")
+        prompt, messages = row.get(self.prompt_column), row.get(self.messages_column)
+        if (prompt is None) == (messages is None):
+            both, link = ("both", "and") if prompt is not None else ("neither", "nor")
+            raise DataError(
+                f"{where}: has {both} {self.prompt_column!r} {link} {self.messages_column!r}, and must have one of "
+                f"them; its columns are {', '.join(map(str, row))}"
+            )
+        used = (self.prompt_column, self.messages_column, self.answer_column)
+        columns = {name: value for name, value in row.items() if name not in used}
+        answer = _answer(row.get(self.answer_column), f"{where}: {self.answer_column!r}")
+        if messages is not None:
+            return Example(
+                messages=_messages(messages, f"{where}: {self.messages_column!r}"), answer=answer, columns=columns
+            )
+        return self.framing.example(_text(prompt, f"{where}: {self.prompt_column!r}"), answer, columns)
+
+
+def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where} must be text, got {reprlib.repr(value)} (chat messages go into a column of their own)"
+        )
+    if not value.strip() and not may_be_empty:
+        raise DataError(f"{where} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half a character (an unpaired surrogate): {reprlib.repr(value)}") from None
+    return value
+
+
+def _answer(value: Any, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+        raise DataError(f"{where} must be text or a finite number, got {reprlib.repr(value)}")
+    return str(value)
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"{where} must be a list of messages, got {reprlib.repr(value)}")
+    messages = tuple(_message(message, f"{where}[{place}]") for place, message in enumerate(value))
+    if messages[-1]["role"] in ("assistant", "system"):
+        raise DataError(f"{where} must end with what the model answers, but its last role is {messages[-1]['role']!r}")
+    if not messages[-1]["content"].strip():
+        raise DataError(f"{where} ends with an empty message")
+    return messages
+
+
+def _message(value: Any, where: str) -> Mapping[str, str]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} must be an object with 'role' and 'content', got {reprlib.repr(value)}")
+    # Tables with one schema for all messages fill what a message does not have with nulls.
+    given = {str(name): part for name, part in value.items() if part is not None}
+    for name in ("role", "content"):
+        if name not in given:
+            raise DataError(f"{where} has no {name!r}")
+    return {name: _text(part, f"{where}[{name!r}]", may_be_empty=name != "role") for name, part in given.items()}
+
+
+class RowPrompts(PromptSource):
+    """Questions from a table with a training and maybe a held-out part. Subclass and write ``rows``.
+
+    Args:
+        train: Name of the training part.
+        heldout: Name of the held-out part; None: ``heldout_size`` decides.
+        heldout_size: Without a held-out part, this many different questions are drawn from the training part and held
+            out, >= 0. A larger number holds out the same questions and more.
+        seed: Of that draw, >= 0.
+        reader: Turns rows into examples.
+
+    Raises:
+        ConfigError: A number is negative, or both ``heldout`` and ``heldout_size`` are given.
+    """
+
+    def __init__(self, train: str, heldout: str | None, heldout_size: int, seed: int, reader: RowReader) -> None:
+        for name, value in (("heldout_size", heldout_size), ("seed", seed)):
+            if value < 0:
+                raise ConfigError(f"{name} must be >= 0, got {value}")
+        if heldout is not None and heldout_size > 0:
+            raise ConfigError(f"held-out questions come from {heldout!r} already: leave heldout_size out")
+        self.train = train
+        self.heldout = heldout
+        self.heldout_size = heldout_size
+        self.seed = seed
+        self.reader = reader
+
+    @abstractmethod
+    def rows(self, part: str) -> Iterator[tuple[str, Any]]:
+        """Yield (file and line, row) of the part called ``part``."""
+
+    def label(self, part: str) -> str:
+        """What messages call the part."""
+        return part
+
+    def load(self) -> PromptSets:
+        train = self._read(self.train)
+        heldout = self._draw(train) if self.heldout is None else self._read(self.heldout)
+        kept = without(train, heldout)
+        removed = len(train) - len(kept)
+        if not kept:
+            raise DataError(f"nothing is left to train on: every question of {self.label(self.train)} is held out")
+        if removed and self.heldout is not None:
+            log.info(
+                f"removed {removed} questions from {self.label(self.train)}: they are held out in "
+                f"{self.label(self.heldout)}"
+            )
+        elif removed:
+            log.info(f"held out {len(heldout)} questions of {self.label(self.train)}; {len(kept)} of its rows remain")
+        return PromptSets(kept, heldout)
+
+    def _read(self, part: str) -> list[Example]:
+        examples = [self.reader.example(row, where) for where, row in self.rows(part)]
+        if not examples:
+            raise DataError(f"{self.label(part)}: holds no questions")
+        return examples
+
+    def _draw(self, train: list[Example]) -> list[Example]:
+        if self.heldout_size == 0:
+            return []
+        places = distinct_places(train)
+        if self.heldout_size >= len(places):
+            raise DataError(
+                f"{self.label(self.train)}: has {len(places)} different questions, so "
+                f"heldout_size={self.heldout_size} leaves none to train on"
+            )
+        order = np.random.default_rng(self.seed).permutation(len(places))
+        return [train[places[i]] for i in sorted(order[: self.heldout_size])]

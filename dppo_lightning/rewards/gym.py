@@ -1,0 +1,114 @@
+"""ReasoningGymReward: reasoning-gym's own scorers, with strict and lenient accuracy beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from dppo_lightning.errors import ConfigError, RewardError
+from dppo_lightning.optional import require
+from dppo_lightning.rewards.accuracy import contains_answer, is_answer
+from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+from dppo_lightning.rewards.text import compile_pattern, last_group
+
+Scorer = Callable[[str | None, Mapping[str, Any]], float]
+Measure = Literal["gym", "solved", "strict", "lenient"]
+
+
+class ReasoningGymReward(RewardFunction):
+    """Scores answers to the prompts of ReasoningGymPrompts with the scorer of their task.
+
+    The parts "strict" (the answer equals the reference answer) and "lenient" (the completion contains it: the last
+    number in it, or a word) tell what a model knows from whether it keeps to the format. Prompts that have no
+    reference answer, as those of some puzzles, have no parts.
+
+    Some of the library's scorers evaluate the answer as an expression; they set no time limit.
+
+    Args:
+        extract: Regular expression; group 1 of its last match in the completion is the answer. A completion without a
+            match gets 0. None: the whole completion is the answer, white space around it ignored. "lenient" always
+            reads the whole completion.
+        score: What the reward is. "gym": the task's scorer, in [0, 1], where a wrong answer may get partial credit.
+            "solved": 1 when that scorer gives 1, else 0. "strict" and "lenient": as above.
+
+    Raises:
+        ConfigError: ``extract`` is no regular expression with a group, ``score`` is unknown, or reasoning-gym is not
+            installed.
+        RewardError: When scoring: a prompt does not have what ReasoningGymPrompts gives.
+    """
+
+    def __init__(self, extract: str | None = None, score: Measure = "gym") -> None:
+        if score not in get_args(Measure):
+            raise ConfigError(f"score must be one of {', '.join(get_args(Measure))}, got {score!r}")
+        require("reasoning_gym")
+        self.extract = None if extract is None else compile_pattern("extract", extract, needs_group=True)
+        self.measure = score
+        self._scorers: dict[str, Scorer] = {}
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        return [self._score(sample) for sample in samples]
+
+    def _score(self, sample: Sample) -> Score:
+        task, entry = _task_and_entry(sample)
+        scorer = self._scorer(task)
+        parts = self._parts(sample, entry)
+        if self.measure in ("strict", "lenient"):
+            if not parts:
+                raise RewardError(
+                    f"score={self.measure!r} needs a reference answer, and a prompt of {task!r} has none: use 'gym'"
+                )
+            return Score(parts[self.measure], parts)
+        answer = self._answer(sample)
+        value = 0.0 if answer is None else _scored(scorer, answer, task, entry)
+        return Score(float(value >= 1 - 1e-9) if self.measure == "solved" else value, parts)
+
+    def _answer(self, sample: Sample) -> str | None:
+        return sample.completion.strip() if self.extract is None else last_group(self.extract, sample.completion)
+
+    def _parts(self, sample: Sample, entry: Mapping[str, Any]) -> dict[str, float]:
+        reference = sample.answer if sample.answer is not None else entry.get("answer")
+        if reference is None:
+            return {}
+        answer = self._answer(sample)
+        strict = answer is not None and is_answer(answer, str(reference))
+        return {"strict": float(strict), "lenient": float(strict or contains_answer(sample.completion, str(reference)))}
+
+    def _scorer(self, task: str) -> Scorer:
+        if task not in self._scorers:
+            try:
+                self._scorers[task] = require("reasoning_gym").get_score_answer_fn(task)
+            except (ValueError, AssertionError) as error:
+                raise RewardError(f"reasoning-gym has no scorer for task {task!r} ({error}): choose another") from error
+        return self._scorers[task]
+
+
+def _task_and_entry(sample: Sample) -> tuple[str, Mapping[str, Any]]:
+    task, entry = sample.columns.get("task"), sample.columns.get("entry")
+    if not isinstance(task, str) or not isinstance(entry, Mapping):
+        raise RewardError(
+            f"ReasoningGymReward needs the columns 'task' (a name) and 'entry' (a mapping), and prompt "
+            f"{sample.prompt[-60:]!r} has {sorted(sample.columns)}: take the prompts from ReasoningGymPrompts"
+        )
+    return task, entry
+
+
+def _scored(scorer: Scorer, answer: str, task: str, entry: Mapping[str, Any]) -> float:
+    try:
+        value = float(scorer(answer, entry))
+    except Exception:
+        # The scorers parse the model's text with int, json, sympy and more, and many let through what these raise: an
+        # answer that cannot be parsed is a wrong answer, and must not end a run. Only a broken entry is an error.
+        _check_entry(scorer, task, entry)
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
+def _check_entry(scorer: Scorer, task: str, entry: Mapping[str, Any]) -> None:
+    try:
+        scorer(entry.get("answer"), entry)
+    except Exception as error:
+        raise RewardError(
+            f"task {task!r} cannot score even its own answer ({type(error).__name__}: {error}): its column 'entry' was "
+            "changed, take the prompts from ReasoningGymPrompts"
+        ) from error

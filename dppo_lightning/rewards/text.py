@@ -1,0 +1,96 @@
+"""Rewards that compare text: ExactMatch and RegexMatch, and the helpers that other rewards share with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from dppo_lightning.errors import ConfigError, RewardError
+from dppo_lightning.rewards.base import RewardFunction, Sample
+
+
+class ExactMatch(RewardFunction):
+    """1 when the completion is the reference answer, else 0.
+
+    Args:
+        strip: Ignore white space around both.
+        ignore_case: Ignore the difference between upper and lower case.
+
+    Raises:
+        RewardError: When scoring: a prompt has no reference answer.
+    """
+
+    def __init__(self, strip: bool = True, ignore_case: bool = False) -> None:
+        self.strip = strip
+        self.ignore_case = ignore_case
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [
+            float(self._normal(sample.completion) == self._normal(reference_answer(sample, "ExactMatch")))
+            for sample in samples
+        ]
+
+    def _normal(self, text: str) -> str:
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.ignore_case else text
+
+
+class RegexMatch(RewardFunction):
+    """1 when a regular expression is found in the completion, else 0.
+
+    Args:
+        pattern: Python's syntax; ``(?s)`` at its start lets ``.`` match line ends, ``(?i)`` ignores case.
+        compare: Group 1 of the last match must also be the prompt's reference answer, white space around both ignored.
+
+    Raises:
+        ConfigError: The pattern is invalid, or has no group to compare.
+        RewardError: When scoring with ``compare``: a prompt has no reference answer.
+    """
+
+    def __init__(self, pattern: str, compare: bool = False) -> None:
+        self.pattern = compile_pattern("pattern", pattern, needs_group=compare)
+        self.compare = compare
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        return [float(self._matches(sample)) for sample in samples]
+
+    def _matches(self, sample: Sample) -> bool:
+        if not self.compare:
+            return self.pattern.search(sample.completion) is not None
+        answer = reference_answer(sample, "RegexMatch with compare")
+        return last_group(self.pattern, sample.completion) == answer.strip()
+
+
+def reference_answer(sample: Sample, reward: str) -> str:
+    """The sample's reference answer.
+
+    Raises:
+        RewardError: It has none.
+    """
+    if sample.answer is None:
+        raise RewardError(
+            f"{reward} needs a reference answer, and prompt {sample.prompt[-60:]!r} has none: "
+            "let the prompt source read one, or choose another reward"
+        )
+    return sample.answer
+
+
+def compile_pattern(argument: str, pattern: str, needs_group: bool) -> re.Pattern[str]:
+    """Compile a user's regular expression.
+
+    Raises:
+        ConfigError: It is invalid, or a needed group is not there; names the argument.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{argument} {pattern!r} is not a regular expression: {error}") from None
+    if needs_group and compiled.groups == 0:
+        raise ConfigError(f"{argument} {pattern!r} has no group: put the answer's part in parentheses, as in '= (.+)'")
+    return compiled
+
+
+def last_group(pattern: re.Pattern[str], text: str) -> str | None:
+    """Group 1 of the last match, without the white space around it; None when there is no match, or no such group."""
+    matches = list(pattern.finditer(text))
+    return None if not matches or matches[-1][1] is None else matches[-1][1].strip()

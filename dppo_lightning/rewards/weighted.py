@@ -1,0 +1,53 @@
+"""WeightedSum: several rewards as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+
+
+class WeightedSum(RewardFunction):
+    """The weighted sum of other rewards; each is logged as a part under its name, its own parts as "<name>/<part>".
+
+    Args:
+        rewards: At least one.
+        weights: One finite number for each reward; 0 only logs it, a negative one makes it a penalty.
+        names: One for each reward, all different, without "/". Default: the class names.
+
+    Raises:
+        ConfigError: The lists do not fit together, a weight is not finite, or a name is empty, has a "/" or is there
+            twice.
+    """
+
+    def __init__(self, rewards: list[RewardFunction], weights: list[float], names: list[str] | None = None) -> None:
+        if not rewards:
+            raise ConfigError("rewards is empty: name at least one")
+        names = [type(reward).__name__ for reward in rewards] if names is None else list(names)
+        for argument, values in (("weights", weights), ("names", names)):
+            if len(values) != len(rewards):
+                raise ConfigError(f"{argument} has {len(values)} entries for {len(rewards)} rewards: give one for each")
+        for name, weight in zip(names, weights, strict=True):
+            if not math.isfinite(weight):
+                raise ConfigError(f"weights must be finite, got {weight} for {name}")
+            if not name or "/" in name:
+                raise ConfigError(f"names must not be empty or have a '/', got {name!r}")
+            if names.count(name) > 1:
+                raise ConfigError(f"two rewards are named {name!r}: give different names")
+        self.rewards = list(rewards)
+        self.weights = [float(weight) for weight in weights]
+        self.names = names
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        members = [reward(samples) for reward in self.rewards]
+        return [self._sum([scores[index] for scores in members]) for index in range(len(samples))]
+
+    def _sum(self, scores: Sequence[Score]) -> Score:
+        value = sum(weight * score.value for weight, score in zip(self.weights, scores, strict=True))
+        parts = {}
+        for name, score in zip(self.names, scores, strict=True):
+            parts[name] = score.value
+            parts |= {f"{name}/{part}": number for part, number in score.parts.items()}
+        return Score(value, parts)

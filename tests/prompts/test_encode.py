@@ -1,0 +1,98 @@
+"""encode: rendered once, tokenised once, ids that stay."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dppo_lightning.errors import DataError
+from dppo_lightning.prompts import Example, encode
+from dppo_lightning.prompts import encoding as encoding_module
+from tests.prompts.tokenizers import character_tokenizer, ids_of
+
+PLAIN = character_tokenizer()
+CHAT = character_tokenizer(chat=True)
+
+
+def user(text: str) -> Example:
+    return Example(messages=({"role": "user", "content": text},))
+
+
+def test_plain_text_is_tokenised_as_the_tokenizer_does_by_default() -> None:
+    (prompt,), dropped = encode([Example(prompt="1+1=")], CHAT, "train", None)
+    assert prompt.token_ids == (0, *ids_of("1+1="))
+    assert prompt.text == "1+1="
+    assert dropped == 0
+
+
+def test_a_chat_gets_its_special_token_once_and_asks_for_the_answer() -> None:
+    (prompt,), _ = encode([user("hi")], CHAT, "train", None)
+    assert prompt.text == "<s>[user]hi[assistant]"
+    assert prompt.token_ids == (0, *ids_of("[user]hi[assistant]"))
+
+
+def test_answer_and_columns_come_through() -> None:
+    (prompt,), _ = encode([Example(prompt="q", answer="4", columns={"level": 2})], PLAIN, "heldout", None)
+    assert (prompt.id, prompt.answer, prompt.columns) == ("heldout/0", "4", {"level": 2})
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.tuples(st.booleans(), st.text("abc 12", min_size=1, max_size=12)), min_size=1, max_size=12),
+    longest=st.integers(1, 40),
+)
+def test_the_short_enough_keep_their_id_order_and_ids(texts: list[tuple[bool, str]], longest: int) -> None:
+    examples = [user(text) if chat else Example(prompt=text) for chat, text in texts]
+    expected = {
+        f"train/{place}": (0, *ids_of(f"[user]{text}[assistant]" if chat else text))
+        for place, (chat, text) in enumerate(texts)
+    }
+    expected = {name: ids for name, ids in expected.items() if len(ids) <= longest}
+    if not expected:
+        with pytest.raises(DataError):
+            encode(examples, CHAT, "train", longest)
+        return
+    prompts, dropped = encode(examples, CHAT, "train", longest)
+    assert [(prompt.id, prompt.token_ids) for prompt in prompts] == list(expected.items())
+    assert dropped == len(texts) - len(expected)
+
+
+def test_more_texts_than_one_call_takes_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_module, "CHUNK", 3)
+    prompts, _ = encode([Example(prompt="x" * (1 + i % 5)) for i in range(11)], PLAIN, "train", None)
+    assert [len(prompt.token_ids) - 1 for prompt in prompts] == [1 + i % 5 for i in range(11)]
+
+
+def test_all_too_long_names_the_shortest_the_limit_and_the_settings() -> None:
+    with pytest.raises(DataError, match=r"shortest has 4 tokens, the limit is 3.*max_prompt_tokens.*max_new_tokens"):
+        encode([Example(prompt="abc"), Example(prompt="abcdef")], PLAIN, "heldout", 3)
+
+
+def test_nothing_to_train_on_is_an_error_and_nothing_held_out_is_not() -> None:
+    with pytest.raises(DataError, match="training set is empty"):
+        encode([], PLAIN, "train", None)
+    assert encode([], PLAIN, "heldout", None) == ([], 0)
+
+
+def test_a_chat_needs_a_chat_template() -> None:
+    with pytest.raises(DataError, match=r"train/0 is a chat.*no chat template"):
+        encode([user("hi")], PLAIN, "train", None)
+
+
+def test_what_the_template_refuses_names_the_prompt_and_the_reason() -> None:
+    tool = Example(messages=({"role": "tool", "content": "4"},))
+    with pytest.raises(DataError, match=r"refuses prompt train/1: no tools here"):
+        encode([user("hi"), tool], CHAT, "train", None)
+
+
+def test_a_prompt_without_tokens_is_an_error() -> None:
+    tokenizer = character_tokenizer(unknown=False)
+    with pytest.raises(DataError, match=r"train/1 encodes to no tokens"):
+        encode([Example(prompt="a"), Example(prompt="")], tokenizer, "train", None)
+
+
+@pytest.mark.parametrize("example", [Example(), Example(prompt="a", messages=({"role": "user", "content": "a"},))])
+def test_an_example_is_either_text_or_chat(example: Example) -> None:
+    with pytest.raises(DataError, match="either prompt or messages"):
+        encode([example], CHAT, "train", None)

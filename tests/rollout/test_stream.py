@@ -1,0 +1,303 @@
+"""Generate, reward, advantage: the stream on an engine that answers from a script."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from dppo_lightning.advantage import GroupMean
+from dppo_lightning.batch import Group, Prompt
+from dppo_lightning.errors import EngineError, RewardError
+from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
+from dppo_lightning.rollout.scripted import ScriptedEngine
+from dppo_lightning.rollout.stream import RolloutStream, derive_seed
+from tests.conftest import save_character_tokenizer
+
+END = 95
+PROMPTS = [Prompt(f"train/{i}", (10 + i, 20), f"*{i}", str(i), {"level": i}) for i in range(6)]
+SAMPLING = Sampling(max_new_tokens=5)
+
+
+class Recorder(RewardFunction):
+    """Scores with a function, and keeps what it was shown."""
+
+    def __init__(self, of: Callable[[Sample], float | Score]) -> None:
+        self.of = of
+        self.calls: list[list[Sample]] = []
+
+    def score(self, samples: Sequence[Sample]) -> list[float | Score]:
+        self.calls.append(list(samples))
+        return [self.of(sample) for sample in samples]
+
+
+class Spy(ScriptedEngine):
+    """Keeps the requests that it was given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.requests: list[Request] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.requests.extend(requests)
+        super().submit(requests)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_character_tokenizer(folder)
+    (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def make_stream(tokenizer: PreTrainedTokenizerBase) -> Callable[..., RolloutStream]:
+    """A stream of six prompts, three samples each, on a started engine."""
+
+    def make(engine: ScriptedEngine | None = None, **changes: Any) -> RolloutStream:
+        engine = engine or Spy(vocabulary=95)
+        engine.start(EngineSpec("none", stop_token_ids=(END,)))
+        arguments: dict[str, Any] = {
+            "engine": engine,
+            "sampler": PromptSampler(PROMPTS, seed=changes.get("seed", 0)),
+            "tokenizer": tokenizer,
+            "reward": Recorder(lambda sample: float(len(set(sample.completion)))),
+            "advantage": GroupMean(),
+            "sampling": SAMPLING,
+            "samples_per_prompt": 3,
+            "seed": 0,
+        }
+        return RolloutStream(**(arguments | changes))
+
+    return make
+
+
+def contents(groups: list[Group]) -> list[Any]:
+    """Everything that a rollout's groups say, comparable."""
+    return [
+        (
+            dataclasses.astuple(group.prompt),
+            [(c.request_id, c.token_ids.tolist(), c.logp.tolist(), c.finish_reason) for c in group.completions],
+            group.texts,
+            np.asarray(group.rewards).tolist(),
+            np.asarray(group.advantages).tolist(),
+        )
+        for group in groups
+    ]
+
+
+def spelled(text: str) -> list[int]:
+    """Token ids of a text: the character tokenizer starts at the space."""
+    return [ord(character) - 32 for character in text]
+
+
+def test_every_prompt_is_asked_as_often_as_wanted_and_nothing_is_asked_twice(make_stream: Any) -> None:
+    stream = make_stream()
+    rollouts = [stream.next_rollout(4) for _ in range(2)]
+    requests = stream.engine.requests
+    assert len({request.id for request in requests}) == len({request.seed for request in requests}) == 2 * 4 * 3
+    assert all(0 <= request.seed < 2**63 for request in requests)
+    assert all(request.sampling == SAMPLING for request in requests)
+    groups = [group for rollout in rollouts for group in rollout.groups]
+    asked = [request.prompt_token_ids for request in requests]
+    assert asked == [group.prompt.token_ids for group in groups for _ in range(3)]
+    assert [list(mine) for _, mine in itertools.groupby(request.group for request in requests)] == [
+        [request.group] * 3 for request in requests[::3]
+    ]
+
+
+def test_a_pool_smaller_than_a_rollout_gives_a_prompt_twice_with_other_seeds(make_stream: Any) -> None:
+    stream = make_stream(sampler=PromptSampler(PROMPTS[:1], seed=0))
+    first, second = stream.next_rollout(2).groups
+    assert first.prompt == second.prompt
+    assert [c.token_ids.tolist() for c in first.completions] != [c.token_ids.tolist() for c in second.completions]
+
+
+def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(make_stream: Any) -> None:
+    def three(seed: int) -> list[Any]:
+        stream = make_stream(seed=seed, sampler=PromptSampler(PROMPTS, seed=0))
+        return [contents(stream.next_rollout(4).groups) for _ in range(3)]
+
+    assert three(1) == three(1)
+    mine, other = three(1), three(2)
+    assert [group[0] for group in mine[0]] == [group[0] for group in other[0]]  # the prompt order is the sampler's
+    for a, b in zip(itertools.chain(*mine), itertools.chain(*other), strict=True):
+        assert [c[1] for c in a[1]] != [c[1] for c in b[1]]
+
+
+@given(
+    st.tuples(st.integers(0, 2**32), st.sampled_from(["train/0", "train/1"]), st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.integers(0, 2**32), st.sampled_from(["train/0", "train/1"]), st.integers(0, 9), st.integers(0, 9)),
+)
+def test_a_seed_depends_on_every_part_and_on_nothing_else(a: tuple[object, ...], b: tuple[object, ...]) -> None:
+    assert 0 <= derive_seed(*a) < 2**63
+    assert (derive_seed(*a) == derive_seed(*b)) == (a == b)
+
+
+def test_seeds_do_not_change_between_processes() -> None:
+    assert derive_seed(0, "train/0", 0, "train/17", 0) == 4093158013023352498
+
+
+@settings(deadline=None)
+@given(st.permutations(range(12)))
+def test_groups_are_in_prompt_order_whatever_finishes_first(make_stream: Any, order: list[int]) -> None:
+    place = {f"train/0/{index}/{sample}": index * 3 + sample for index in range(4) for sample in range(3)}
+    at_once = make_stream(Spy(vocabulary=95)).next_rollout(4)
+    late = make_stream(Spy(vocabulary=95, delay=lambda request: 1.0 + order[place[request.id]])).next_rollout(4)
+    assert contents(late.groups) == contents(at_once.groups)
+
+
+def test_progress_counts_up_to_what_was_asked(make_stream: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    order = itertools.count(1)
+    make_stream(Spy(vocabulary=95, delay=lambda request: float(next(order)))).next_rollout(
+        2, lambda done, total: seen.append((done, total))
+    )
+    assert sorted(seen) == seen
+    assert {done for done, _ in seen} >= {1, 2, 3, 4, 5, 6}
+    assert {total for _, total in seen} == {6}
+
+
+def test_failed_requests_shrink_their_group_and_are_counted(make_stream: Any) -> None:
+    drawn = PromptSampler(PROMPTS, seed=0).draw(4)
+    failures = {"train/0/1/0": "too long", **{f"train/0/2/{sample}": "too long" for sample in range(3)}}
+    rollout = make_stream(Spy(vocabulary=95, failures=failures)).next_rollout(4)
+    assert rollout.failed == 4
+    assert [group.prompt for group in rollout.groups] == [drawn[0], drawn[1], drawn[3]]
+    assert [[c.request_id for c in group.completions] for group in rollout.groups] == [
+        ["train/0/0/0", "train/0/0/1", "train/0/0/2"],
+        ["train/0/1/1", "train/0/1/2"],
+        ["train/0/3/0", "train/0/3/1", "train/0/3/2"],
+    ]
+    for group in rollout.groups:
+        assert len(group.texts) == len(group.rewards) == len(group.advantages) == len(group.completions)
+    assert rollout.tokens == 8 * 5
+
+
+def test_when_nothing_can_be_served_the_reason_is_told(make_stream: Any) -> None:
+    failures = {f"train/0/{index}/{sample}": "the moon is full" for index in range(2) for sample in range(3)}
+    with pytest.raises(EngineError, match="none of 6 requests: the moon is full"):
+        make_stream(Spy(vocabulary=95, failures=failures)).next_rollout(2)
+
+
+def test_an_engine_that_dies_half_way_is_an_error(make_stream: Any) -> None:
+    with pytest.raises(EngineError, match="died"):
+        make_stream(Spy(vocabulary=95, dies_after=3)).next_rollout(2)
+
+
+def test_an_engine_that_loses_a_request_is_an_error_and_no_endless_wait(make_stream: Any) -> None:
+    class Forgetful(ScriptedEngine):
+        def submit(self, requests: Sequence[Request]) -> None:
+            super().submit(requests[1:])
+
+    with pytest.raises(EngineError, match="1 of 6 requests"):
+        make_stream(Forgetful(vocabulary=95)).next_rollout(2)
+
+
+def test_each_reward_belongs_to_its_completion(make_stream: Any) -> None:
+    """The script writes prompt and sample into the completion; the reward reads them back."""
+
+    def script(request: Request, version: int) -> tuple[Sequence[int], Sequence[float]]:
+        text = f"{request.prompt_token_ids[0]}{request.id[-1]}"
+        return [*spelled(text), END], [-1.0] * (len(text) + 1)
+
+    order = itertools.count(20, -1)
+    reward = Recorder(lambda sample: float(sample.completion))
+    engine = Spy(script=script, delay=lambda request: float(next(order)))
+    groups = make_stream(engine, reward=reward).next_rollout(4).groups
+    for group in groups:
+        first = 10 * group.prompt.token_ids[0]
+        assert np.asarray(group.rewards).tolist() == [first, first + 1, first + 2]
+        assert np.asarray(group.advantages).tolist() == [-1, 0, 1]
+        assert group.texts == [str(first), str(first + 1), str(first + 2)]
+    (samples,) = reward.calls  # one call for the whole rollout, so that a reward can work in parallel
+    assert [sample.prompt for sample in samples] == [group.prompt.text for group in groups for _ in range(3)]
+    assert [sample.answer for sample in samples] == [group.prompt.answer for group in groups for _ in range(3)]
+    assert [sample.columns for sample in samples] == [group.prompt.columns for group in groups for _ in range(3)]
+
+
+@pytest.mark.parametrize(("tokens", "text", "finished"), [([33, 34, END], "AB", True), ([33] * 9, "AAAAA", False)])
+def test_a_reward_sees_text_without_special_tokens_and_whether_it_ended(
+    tokens: list[int], text: str, finished: bool, make_stream: Any
+) -> None:
+    reward = Recorder(lambda sample: 0.0)
+    make_stream(Spy(script=lambda *_: (tokens, [-1.0] * len(tokens))), reward=reward).next_rollout(1)
+    assert {(sample.completion, sample.finished) for sample in reward.calls[0]} == {(text, finished)}
+
+
+def test_reward_parts_are_nan_where_they_were_not_reported(make_stream: Any) -> None:
+    def score(sample: Sample) -> float | Score:
+        kind = next(kinds)
+        return (0.25, Score(1.0, {"format": 0.5}), Score(2.0, {"format": 0.1, "length": 3.0}))[kind]
+
+    kinds = itertools.cycle([0, 1, 2])
+    groups = make_stream(reward=Recorder(score)).next_rollout(2).groups
+    for group in groups:
+        assert np.asarray(group.rewards).tolist() == [0.25, 1.0, 2.0]
+        assert set(group.reward_parts) == {"format", "length"}
+        np.testing.assert_equal(group.reward_parts["format"], np.array([np.nan, 0.5, 0.1]))
+        np.testing.assert_equal(group.reward_parts["length"], np.array([np.nan, np.nan, 3.0]))
+        assert [row["parts"]["length"] for row in group.records()] == [None, None, 3.0]
+
+
+def test_a_reward_that_is_no_number_is_refused(make_stream: Any) -> None:
+    with pytest.raises(RewardError, match="Recorder"):
+        make_stream(reward=Recorder(lambda sample: float("nan"))).next_rollout(1)
+
+
+def test_a_penalty_lowers_the_advantage_and_not_the_reward(make_stream: Any) -> None:
+    def penalty(groups: list[Group]) -> list[np.ndarray]:
+        assert all(group.rewards is not None for group in groups)
+        return [np.arange(3.0) * (1 + int(group.prompt.answer or 0)) for group in groups]
+
+    groups = make_stream(reward=Recorder(lambda sample: 4.0), penalty=penalty).next_rollout(4).groups
+    for group in groups:
+        factor = 1 + int(group.prompt.answer or 0)
+        assert np.asarray(group.rewards).tolist() == [4, 4, 4]
+        assert np.asarray(group.advantages).tolist() == [factor, 0, -factor]
+
+
+def test_held_out_sampling_disturbs_neither_seeds_nor_prompt_order(make_stream: Any) -> None:
+    def rollouts(evaluate: bool) -> list[Any]:
+        stream, found = make_stream(), []
+        for _ in range(3):
+            if evaluate:
+                stream.sample(PROMPTS[:2], 2, Sampling(max_new_tokens=3, temperature=0), "heldout")
+            found.append(contents(stream.next_rollout(4).groups))
+        return found
+
+    assert rollouts(evaluate=True) == rollouts(evaluate=False)
+
+
+def test_two_evaluations_of_one_policy_are_equal(make_stream: Any) -> None:
+    stream = make_stream()
+    texts = []
+    for _ in range(2):
+        stream.next_rollout(2)
+        texts.append([group.texts for group in stream.sample(PROMPTS, 2, SAMPLING, "heldout").groups])
+    assert texts[0] == texts[1]
+
+
+@settings(deadline=None, max_examples=20)
+@given(done=st.integers(0, 4), sizes=st.lists(st.integers(1, 5), min_size=5, max_size=5))
+def test_a_restored_stream_goes_on_as_the_first_would_have(make_stream: Any, done: int, sizes: list[int]) -> None:
+    first = make_stream()
+    for size in sizes[:done]:
+        first.next_rollout(size)
+    state = first.state_dict()
+    rest = [contents(first.next_rollout(size).groups) for size in sizes[done:]]
+    second = make_stream()
+    second.load_state_dict(state)
+    assert [contents(second.next_rollout(size).groups) for size in sizes[done:]] == rest
