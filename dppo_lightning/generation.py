@@ -51,6 +51,10 @@ class GeneratingTrainer(pl.Trainer):
             datamodule.predict_split = "train"
         batches = self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path) or []
         records = [record for batch in batches for record in batch]
+        if not records:
+            raise ConfigError(
+                "there are no held-out prompts to complete: set --prompts, or hold some out in data.prompts"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(target.name + ".unfinished")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

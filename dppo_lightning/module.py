@@ -93,7 +93,7 @@ class DPPOModule(pl.LightningModule):
         self._reference: list[Policy] = []  # in a list, so that it is no submodule: never trained, saved or sharded
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
-        self._train_seconds = 0.0
+        self._train_started = self._train_seconds = 0.0
         self._pending: dict[str, float] = {}
 
     @property
@@ -184,7 +184,10 @@ class DPPOModule(pl.LightningModule):
             "mismatch": "train/mismatch_tv",
             "tokens/s": "perf/trained_tokens_per_s",
         }
-        self.log_dict(dict(check_names(values)), batch_size=1)
+        self.log_dict(dict(check_names(values)), logger=False, batch_size=1)
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in self.trainer.loggers:  # self.log would repeat what an earlier step had and this one has not
+                logger.log_metrics(values, step=self.trainer.global_step - 1)
         self.log_dict({k: values[v] for k, v in bar.items() if v in values}, prog_bar=True, logger=False, batch_size=1)
 
     def ensure_synced(self) -> dict[str, float]:
@@ -285,7 +288,12 @@ class DPPOModule(pl.LightningModule):
                 yield part, pack(part, np.zeros(len(part))).to(self.device)
 
     def on_validation_start(self) -> None:
+        self._validation_started = time.perf_counter()
         self.ensure_synced()
+
+    def on_validation_end(self) -> None:
+        """A held-out evaluation runs before on_train_batch_end of the step that it follows: it is no training time."""
+        self._train_started += time.perf_counter() - self._validation_started
 
     def on_predict_start(self) -> None:
         self.ensure_synced()

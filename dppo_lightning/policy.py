@@ -46,7 +46,7 @@ class Policy(nn.Module):
         shared_prompts: bool = True,
     ) -> None:
         super().__init__()
-        self.model = load_model(name)
+        self.model = load_model(name).train()  # checkpointing works in training mode only; every dropout is off
         self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
         if self.layout == "packed":
             self.model.set_attn_implementation(attention.NAME)
@@ -94,7 +94,7 @@ def load_model(name: str) -> PreTrainedModel:
     """
     config = load_config(name)
     for key in vars(config):
-        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(config, key), float):
+        if key.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop")) and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)

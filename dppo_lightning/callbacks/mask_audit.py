@@ -95,11 +95,13 @@ class MaskAudit(RunCallback):
         totals = self.run.totals()
         if not trainer.is_global_zero or not totals["tokens"]:
             return
-        table = audit_table(totals, named(self.run.top(self.rows), pl_module))
+        shown: list[str | Table] = [*headlines(totals)]
+        if totals["stopped"]:
+            shown.append(audit_table(named(self.run.top(self.rows), pl_module)))
         with (Path(trainer.default_root_dir) / "mask_audit.txt").open("w", encoding="utf-8") as file:
-            Console(file=file, width=120).print(table)
+            Console(file=file, width=120).print(*shown, sep="\n")
         if printed and totals["stopped"]:
-            Console().print(table)
+            Console(highlight=False).print(*shown, sep="\n")
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted so far, of the ids that were seen."""
@@ -148,9 +150,10 @@ class Tally:
 
     def make_room(self, vocabulary: int, device: torch.device) -> None:
         """Have a column for every id below ``vocabulary``, on ``device``."""
-        missing = max(0, vocabulary - self.by_token.shape[1])
-        self.by_token = torch.nn.functional.pad(self.by_token.to(device), (0, missing))
-        self.total = self.total.to(device)
+        self.by_token, self.total = self.by_token.to(device), self.total.to(device)
+        missing = vocabulary - self.by_token.shape[1]
+        if missing > 0:
+            self.by_token = torch.nn.functional.pad(self.by_token, (0, missing))
 
     def totals(self) -> dict[str, float | None]:
         """Counts of all tokens, and their shares."""
@@ -204,17 +207,23 @@ def named(rows: list[Row], module: pl.LightningModule) -> list[Row]:
     return [{"id": row["id"], "token": tokenizer.decode([row["id"]])} | row for row in rows]
 
 
-def audit_table(totals: dict[str, float | None], rows: Iterable[Row]) -> Table:
-    """The table at the end of a run."""
-    title = "no token was stopped by the trust region"
-    if totals["stopped"]:
-        title = (
-            f"tokens stopped by the trust region: {totals['stopped']} of {totals['tokens']} "
-            f"({_percent(totals['stopped_share'])}), {totals['stopped_positive']} with A > 0, "
-            f"{totals['stopped_negative']} with A < 0; mu < {RARE} in {_percent(totals['stopped_rare_share'])} of them"
-        )
-    caption = f"|pi - mu| > {MOVED} in {_percent(totals['negative_moved_share'])} of the tokens with A < 0"
-    table = Table(title=title, caption=caption)
+def headlines(totals: dict[str, float | None]) -> list[str]:
+    """What the table's rows add up to."""
+    moved = f"|pi - mu| > {MOVED}: {_percent(totals['negative_moved_share'])} of the tokens with A < 0"
+    if not totals["stopped"]:
+        return ["no token was stopped by the trust region", moved]
+    share, rare = _percent(totals["stopped_share"]), _percent(totals["stopped_rare_share"])
+    return [
+        f"stopped by the trust region: {totals['stopped']} of {totals['tokens']} tokens ({share}), "
+        f"{totals['stopped_positive']} with A > 0, {totals['stopped_negative']} with A < 0",
+        f"mu < {RARE}: {rare} of the stopped tokens",
+        moved,
+    ]
+
+
+def audit_table(rows: Iterable[Row]) -> Table:
+    """The tokens that were stopped most often."""
+    table = Table()
     for name in ("token", "id", "stopped", "seen", "mean mu", "mean pi", "A > 0", "mean position"):
         table.add_column(name, justify="left" if name == "token" else "right")
     for row in rows:

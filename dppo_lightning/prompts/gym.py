@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.optional import require
 from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
 from dppo_lightning.prompts.framing import PLACE, Framing
-from dppo_lightning.optional import require
 from dppo_lightning.prompts.separation import distinct_places, question_key, without
 
 log = logging.getLogger(__name__)

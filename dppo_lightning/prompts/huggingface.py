@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dppo_lightning.errors import DataError
-from dppo_lightning.prompts.framing import PLACE, Framing
 from dppo_lightning.optional import require
+from dppo_lightning.prompts.framing import PLACE, Framing
 from dppo_lightning.prompts.rows import RowPrompts, RowReader
 
 

@@ -108,7 +108,7 @@ class RolloutStream:
         """Complete every prompt ``samples`` times; a prompt none of whose requests could be served has no group.
 
         Raises:
-            EngineError: The engine died, or could serve no request at all.
+            EngineError: The engine died, lost a request, or could serve none at all.
         """
         requests = [
             Request(
@@ -124,8 +124,10 @@ class RolloutStream:
         self.engine.submit(requests)
         results: dict[str, Completion | Failed] = {}
         while len(results) < len(requests):
-            for result in self.engine.poll(timeout=1.0):
-                results[result.request_id] = result
+            arrived = self.engine.poll(timeout=1.0)
+            if not arrived and self.engine.health().in_flight == 0:
+                raise EngineError(f"the engine lost {len(requests) - len(results)} of {len(requests)} requests")
+            results |= {result.request_id: result for result in arrived}
             if progress is not None:
                 progress(len(results), len(requests))
         failures = [result for result in results.values() if isinstance(result, Failed)]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
 
 CPU_KV_CACHE_BYTES = 2**30
+CPU_TOKENS_PER_STEP = 4096
 
 
 class Worker:
@@ -170,12 +171,25 @@ def build_engine(settings: dict[str, Any]) -> LLMEngine:
     from vllm.platforms import current_platform
 
     gc.freeze()
-    if current_platform.is_cpu() and settings["kv_cache_memory_bytes"] is None:
-        settings = settings | {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    if current_platform.is_cpu():
+        settings = settings | cpu_settings(settings)
     engine = LLMEngine.from_engine_args(EngineArgs(**settings))
     engine.set_weight_version("0")
     gc.enable()
     return engine
+
+
+def cpu_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the CPU needs beside the run's own settings.
+
+    Prompts are computed whole. vLLM would cut those that do not fit in one step, sample a token after the first piece
+    and take it back by rewinding the request's generator, which the CPU's cannot: the engine would die.
+    """
+    return {
+        "kv_cache_memory_bytes": settings["kv_cache_memory_bytes"] or CPU_KV_CACHE_BYTES,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_TOKENS_PER_STEP, settings["max_model_len"]),
+    }
 
 
 def describe(started: float) -> str:

@@ -223,7 +223,10 @@ def topk_slots(tokens: TokenStats, sampled_token: SampledToken) -> tuple[Float[T
 def with_rest_bucket(
     logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
-    """Appends the log of what S leaves, at least 1e-12 on each side."""
+    """Appends the log of what S leaves, at least 1e-12 on each side.
+
+    A rest below 1e-7 is mostly the rounding of float32 log-probs, so a KL that hangs on it is coarse.
+    """
 
     def append(logs: Float[Tensor, "N S"]) -> Float[Tensor, "N T"]:
         # in float64: 1 - sum loses every digit of a small rest, while log-probs near 0 still have theirs

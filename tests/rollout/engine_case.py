@@ -57,7 +57,7 @@ class Case:
         while "short" not in results:
             results |= self.wait(1)
         del results["short"]
-        assert len(results) < len(LONGS) - 2
+        assert len(results) < len(LONGS) - 2, {n: len(c) for n, c in results.items()}
         return results
 
 
@@ -66,7 +66,7 @@ def ask(name: str = "a", prompt: Sequence[int] = PROMPT, seed: int = 1, **sampli
     return Request(name, tuple(prompt), Sampling(**{"max_new_tokens": 16} | sampling), seed)  # type: ignore[arg-type]
 
 
-LONGS = [ask(f"long/{i}", seed=i, max_new_tokens=LONG) for i in range(8)]
+LONGS = [ask(f"long/{i}", seed=i, max_new_tokens=LONG) for i in range(24)]
 
 
 def forward_logp(

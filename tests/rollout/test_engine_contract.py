@@ -48,7 +48,7 @@ def started(tiny_model_dir: str, tiny_untied_dir: str) -> Iterator[Callable[[str
         if name not in cases:
             kind, ties = name.split("-")
             model = tiny_model_dir if ties == "tied" else tiny_untied_dir
-            spec = EngineSpec(model, max_model_len=512, max_logprobs=8, stop_token_ids=(3, 5))
+            spec = EngineSpec(model, max_model_len=512, max_logprobs=8, stop_token_ids=(42,))
             engine = ENGINES[kind]()
             environment = dict(os.environ)
             generator = torch.get_rng_state()
@@ -158,6 +158,16 @@ def test_tokens_depend_on_prompt_and_seed_but_not_on_company(case: Case) -> None
     first, *_, last = case.generate([ask("first", seed=5), *company, ask("last", seed=6)])
     assert first.token_ids.tolist() == alone.token_ids.tolist()
     assert last.token_ids.tolist() != alone.token_ids.tolist()
+
+
+@real_engines
+def test_more_prompts_than_fit_in_one_step_are_sampled_as_they_would_be_alone(case: Case) -> None:
+    prompts = [[(place * (i + 3)) % 89 for i in range(300)] for place in range(1, 41)]  # 12,000 tokens
+    company = case.generate([ask(f"{i}", prompt, seed=i) for i, prompt in enumerate(prompts)])
+    for i in (0, 20, 39):
+        (alone,) = case.generate([ask("alone", prompts[i], seed=i)])
+        assert company[i].token_ids.tolist() == alone.token_ids.tolist()
+        assert error(case.model, company[i], prompts[i]) < TOLERANCE
 
 
 @real_engines

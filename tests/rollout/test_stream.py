@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.stream import RolloutStream, derive_seed
-from tests.conftest import save_character_tokenizer
 
 END = 95
 PROMPTS = [Prompt(f"train/{i}", (10 + i, 20), f"*{i}", str(i), {"level": i}) for i in range(6)]
@@ -55,11 +54,8 @@ class Spy(ScriptedEngine):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_character_tokenizer(folder)
-    (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
-    return load_tokenizer(str(folder))
+def tokenizer(tiny_policy_dir: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny_policy_dir)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +143,8 @@ def test_a_seed_depends_on_every_part_and_on_nothing_else(a: tuple[object, ...],
 
 
 def test_seeds_do_not_change_between_processes() -> None:
-    assert derive_seed(0, "train/0", 0, "train/17", 0) == 4093158013023352498
+    digest = hashlib.blake2b(b"(0, 'train/0', 0, 'train/17', 2)", digest_size=8).hexdigest()
+    assert derive_seed(0, "train/0", 0, "train/17", 2) == int(digest, 16) // 2
 
 
 @settings(deadline=None)
@@ -202,7 +199,7 @@ def test_an_engine_that_loses_a_request_is_an_error_and_no_endless_wait(make_str
         def submit(self, requests: Sequence[Request]) -> None:
             super().submit(requests[1:])
 
-    with pytest.raises(EngineError, match="1 of 6 requests"):
+    with pytest.raises(EngineError, match="lost 1 of 6 requests"):
         make_stream(Forgetful(vocabulary=95)).next_rollout(2)
 
 

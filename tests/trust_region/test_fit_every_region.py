@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from .cases import DEFAULTS, Case
@@ -17,6 +19,15 @@ PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b
 # a small learning rate would leave every mask at rest: two steps on one rollout, and the second meets a moved policy
 OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}}
 PACKAGE = "dppo_lightning.trust_region."
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model is slower on several threads, by far where they share a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def configuration(case: Case) -> dict[str, Any]:

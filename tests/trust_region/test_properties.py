@@ -37,7 +37,7 @@ from dppo_lightning.trust_region import (
 
 from .batches import Token, softmax, stats
 
-QUICK = settings(max_examples=100, deadline=None)
+QUICK = settings(max_examples=3000, deadline=None)
 
 
 @st.composite
@@ -69,11 +69,16 @@ def divergences(region: TrustRegion, batch: list[Token], dtype: torch.dtype = to
 @QUICK
 @given(tokens(), st.integers(1, 9), st.sampled_from(["append", "replace"]))
 def test_binary_is_at_most_topk_is_at_most_full(batch, k, sampled_token):
-    """App. B: merging tokens into a bucket cannot raise a divergence."""
+    """App. B: merging tokens into a bucket cannot raise a divergence.
+
+    In float64, as it is about the formulas: float32 log-probs leave 1 - sum of S an error of about 1e-7, which moves the
+    KL of a rest that pi has all but given up.
+    """
+    double = torch.float64
     for binary, topk, full in ((BinaryTV, TopKTV, FullTV), (BinaryKL, TopKKL, FullKL)):
-        low = divergences(binary(), batch)
-        middle = divergences(topk(k=k, sampled_token=sampled_token), batch)
-        high = divergences(full(), batch)
+        low = divergences(binary(), batch, double)
+        middle = divergences(topk(k=k, sampled_token=sampled_token), batch, double)
+        high = divergences(full(), batch, double)
         slack = 2e-6 + 1e-5 * high
         assert (low <= middle + slack).all()
         assert (middle <= high + slack).all()

@@ -1,0 +1,88 @@
+"""What the README and docs/ say: every link exists, every command can be given, every metric is listed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dppo_lightning.cli import DPPOCommandLine, known_classes, prepare_parser
+from dppo_lightning.metrics import GLOSSARY
+from dppo_lightning.trust_region import TrustRegion
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command) of every line of a bash block; a line that ends with a backslash goes on."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#"):
+                    yield str(page.relative_to(ROOT)), line.strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_exists(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_every_command_can_be_given(page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = shlex.split(command.replace(".venv/bin/", ""), comments=True)
+    if words[0] == "make":
+        assert set(words[1:]) <= MAKE_TARGETS
+    elif words[:2] == ["dppo", "prepare"]:
+        assert prepare_parser().parse_args(words[2:]).name in ("tiny", "smollm2")
+    elif words[0] == "dppo":
+        give(words[1:], monkeypatch, tmp_path)
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
+    else:
+        assert words[0] == "python", command
+        shown = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True, check=True)
+        for option in (word for word in words[2:] if word.startswith("--")):
+            assert option.split("=")[0] in shown.stdout
+
+
+def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Build everything that a ``dppo`` command builds, and stop where it would begin to work."""
+    page = (ROOT / "docs" / "write-your-own.md").read_text()
+    (folder / "my_regions.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    (folder / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(DPPOCommandLine, "_run_subcommand", lambda self, name: None)
+    if arguments[1:] == ["--help"]:
+        with pytest.raises(SystemExit) as exit_:
+            DPPOCommandLine(arguments)
+        assert exit_.value.code == 0
+        return
+    assert DPPOCommandLine(arguments).model is not None
+
+
+def test_every_metric_is_listed_with_its_meaning() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_0-9]+/[a-z_0-9]+)` \| (.+) \|$", (ROOT / "docs" / "runs.md").read_text(), re.MULTILINE
+    )
+    assert dict(rows) == {name: meaning.replace("|", r"\|") for name, meaning in GLOSSARY.items()}
+    assert [name for name, _ in rows] == list(GLOSSARY)
+
+
+def test_the_picture_of_the_five_verbs_names_files_that_exist() -> None:
+    (picture,) = re.findall(r"```text\n( prompts .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(picture.strip("\n").splitlines()) == 12
+    for name in re.findall(r"[\w/]+\.py", picture):
+        assert (ROOT / "dppo_lightning" / name).exists(), name
+
+
+def test_the_number_of_regions_that_the_readme_gives_is_right() -> None:
+    assert f"The {len(known_classes(TrustRegion)) - 1} regions" in (ROOT / "README.md").read_text()  # beside Combined
