@@ -26,6 +26,7 @@ from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.curves import Curves
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
+from dppo_lightning.callbacks.mask_audit import MaskAudit
 from dppo_lightning.callbacks.progress import RunProgressBar
 from dppo_lightning.callbacks.run_record import RunRecord, check_unused, discard_unless_begun
 from dppo_lightning.callbacks.start_table import StartTable
@@ -140,7 +141,7 @@ class DPPOCommandLine(LightningCLI):
 
 def standard_callbacks() -> list[pl.Callback]:
     """What every run records and shows."""
-    return [StartTable(), HeldOutEvaluation(), CompletionLog(), RunProgressBar(), Summary(), Curves()]
+    return [StartTable(), HeldOutEvaluation(), CompletionLog(), MaskAudit(), RunProgressBar(), Summary(), Curves()]
 
 
 def prepare_parser() -> LightningArgumentParser:
