@@ -19,6 +19,7 @@ from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.evaluation import heldout_metrics
 from dppo_lightning.metrics import StepMetrics, check_names
 from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
+from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
@@ -109,6 +110,12 @@ class DPPOModule(pl.LightningModule):
     def topk(self) -> int:
         """How many top log-probs the region and the diagnostics ask of the engine."""
         return max(region.k if "topk" in region.needs else 0 for region in (self.region, *self.diagnostics.values()))
+
+    @property
+    def layout(self) -> Layout:
+        """How micro-batches are laid out for the policy."""
+        assert self.policy is not None
+        return self.policy.layout
 
     @property
     def penalises_reward(self) -> bool:
@@ -283,9 +290,9 @@ class DPPOModule(pl.LightningModule):
     def _score_batches(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], TrainingBatch]]:
         """The sequences as micro-batches of the size of training's."""
         parts = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
-        for part in split_by_tokens(sequences, min(parts, max(len(sequences), 1))):
+        for part in split_by_tokens(sequences, min(parts, max(len(sequences), 1)), self.layout):
             if part:
-                yield part, pack(part, np.zeros(len(part))).to(self.device)
+                yield part, pack(part, np.zeros(len(part)), self.layout).to(self.device)
 
     def on_validation_start(self) -> None:
         self._validation_started = time.perf_counter()

@@ -214,8 +214,9 @@ class RolloutDataModule(pl.LightningDataModule):
         counts = np.array([sequence.tokens for sequence in sequences])
         weights = sequence_weights(self.module.aggregation, counts, self.module.constant_length)
         weight_of = {id(sequence): weight for sequence, weight in zip(sequences, weights, strict=True)}
-        parts = split_by_tokens(sequences, self.trainer.accumulate_grad_batches)  # type: ignore[union-attr]
-        batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part])) for part in parts]
+        layout = self.module.layout
+        parts = split_by_tokens(sequences, self.trainer.accumulate_grad_batches, layout)  # type: ignore[union-attr]
+        batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part]), layout) for part in parts]
         return StepPlan(groups, batches, ends_rollout, step_metrics(groups))
 
     def _progress(self, done: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,21 @@ def test_the_start_table_names_what_will_be_trained(config: Config, tmp_path: Pa
         "12 for training, 4 held out",
     ):
         assert text in table, table
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_follows_every_update(config: Config, tmp_path: Path) -> None:
+    engine = {"class_path": "VLLMEmbedded", "init_args": {"kv_cache_gib": 0.25}}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    topk = {"class_path": "TopKTV", "init_args": {"k": 5}}
+    run("fit", changed(config, data__engine=engine, model__optimizer=optimizer, model__trust_region=topk), tmp_path)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        errors = [float(row["sync/parity_error"]) for row in csv.DictReader(file) if row["sync/parity_error"]]
+    assert len(errors) == 2
+    assert max(errors) < 1e-4  # nats, float32 on both sides; an engine without the update is off by 1e-2 and more
+    versions = [row["versions"] for row in lines(tmp_path / "run" / "completions.jsonl")]
+    assert versions == [[0, 0]] * 8 + [[1, 1]] * 8
+    assert "vLLM" in (tmp_path / "run" / "start.txt").read_text()
 
 
 def test_the_same_seed_trains_the_same_and_another_does_not(config: Config, tmp_path: Path) -> None:
