@@ -9,7 +9,8 @@ every token. A region of scope "sequence" costs one more pass, 8 N H V: log-prob
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -96,8 +97,8 @@ class PolicyHead(nn.Module):
     Args:
         projection: The model's output projection, ``weight`` [V, H] and optional ``bias`` [V].
         transform: From its product to the logits that are sampled from.
-        logits_mib: Memory of one chunk of fp32 logits, in MiB; a chunk holds at least one token. About three chunks
-            are alive at a time.
+        logits_mib: Memory of one chunk of fp32 logits, in MiB; a chunk holds at least one token. Two such tables are
+            alive at a time; with bf16 products half a table more.
     """
 
     def __init__(self, projection: nn.Module, transform: LogitTransform, logits_mib: int = 64) -> None:
@@ -149,23 +150,52 @@ class PolicyHead(nn.Module):
         weight = self.weight.to(self.product_dtype)
         for rows in self.chunks(len(hidden)):
             logits = self.logits(hidden[rows], weight, self.bias)
-            logp[rows] = _gather(logits, batch.targets[rows]) - logits.logsumexp(dim=-1)
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            sampled = _gather(logits, batch.targets[rows])
+            logp[rows] = sampled - logits.exp_().sum(dim=-1).log()
         return logp
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in a chunk, at most."""
+        return max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
+
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of at most as many tokens as the memory budget allows; none where there are no tokens."""
-        size: int = max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
-        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+        """Slices of equal size, at most what the memory budget allows; none where there are no tokens.
+
+        Equal, because every chunk costs a pass over the gradient of the whole weight, however few tokens it has.
+        """
+        most = self.most_tokens
+        size = math.ceil(tokens / max(math.ceil(tokens / most), 1))
+        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1)))
 
     def logits(
-        self, hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+        self,
+        hidden: Float[Tensor, "n H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, " V"] | None,
+        tables: _Tables | None = None,
     ) -> Float[Tensor, "n V"]:
-        """Float32 logits of a few tokens; the product is in the weight's dtype (in autocast's, where that is on)."""
-        dtype = _product_dtype(weight)
-        product = hidden.to(dtype) @ weight.to(dtype).t()
+        """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's."""
+        dtype, n = _product_dtype(weight), len(hidden)
+        room = None if tables is None else tables.product[:n]
+        product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
         if bias is not None:
             product += bias.to(dtype)
+        if tables is not None and dtype != torch.float32:
+            product = tables.logits[:n].copy_(product)
         return self.transform.apply_(product.float())
+
+
+class _Tables:
+    """Memory of one chunk, written anew by every chunk: fresh pages each time cost the CPU more than the arithmetic."""
+
+    def __init__(self, tokens: int, weight: Float[Tensor, "V H"], probabilities: bool = True) -> None:
+        shape, device, dtype = (tokens, weight.shape[0]), weight.device, _product_dtype(weight)
+        self.logits = torch.empty(shape, dtype=torch.float32, device=device)
+        self.probabilities = torch.empty_like(self.logits if probabilities else self.logits[:0])
+        self.room = torch.empty(max(1, min(tokens, (1 << 20) // shape[1])), shape[1], device=device)  # fits a cache
+        self.product = self.logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Work:
@@ -184,19 +214,24 @@ class _Work:
         self.diagnostics = diagnostics
         self.needs = objective.region.needs.union(*(region.needs for region in diagnostics.values()))
         self.collected: dict[str, list[Tensor]] = {}
+        self.tables: _Tables | None = None
+        self.rollout_tables: _Tables | None = None
 
     def run(
         self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The loss, and its gradient with respect to hidden states, weight and bias."""
+        chunks = self._chunks(len(hidden))
+        longest = max((rows.stop - rows.start for rows in chunks), default=0)
+        self.tables = _Tables(longest, weight)
+        if "full" in self.needs:
+            self.rollout_tables = _Tables(longest, weight, probabilities=False)
         grads = _Gradients(hidden, weight, bias)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_sequence = self.objective.region.scope == "sequence" and len(hidden) > 0
         planned = self._plan_sequences(hidden, weight, bias) if by_sequence else None
-        for rows in self.head.chunks(len(hidden)):
-            logits = self.head.logits(hidden[rows], weight, bias)
-            normalised = logits - logits.logsumexp(dim=-1, keepdim=True)
-            probabilities = normalised.exp()
+        for rows in chunks:
+            normalised, probabilities, log_total = self._distribution(hidden[rows], weight, bias)
             seen = self._see(rows, normalised, probabilities)
             if planned is None:
                 chunk_loss, grad_logp, grad_entropy = self._differentiate(seen, rows)
@@ -204,11 +239,41 @@ class _Work:
             else:
                 grad_logp, grad_entropy = planned.grad_logp[rows], _rows(planned.grad_entropy, rows)
             self._diagnose(seen)
-            grad = _logit_gradient_(normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy)
-            grads.add(rows, self.head.transform.backward_(grad, logits), hidden[rows])
+            grad = _logit_gradient_(
+                normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy, self.room
+            )
+            if self.head.transform.softcap is not None:
+                normalised.add_(log_total)
+            grad = self.head.transform.backward_(grad, normalised)
+            moved = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
+            grads.add(rows, grad, hidden[rows], moved, self.tables)
         if planned is not None:
             loss = planned.loss
         return loss, grads.hidden, grads.weight, grads.bias
+
+    @property
+    def room(self) -> Float[Tensor, "r V"]:
+        assert self.tables is not None
+        return self.tables.room
+
+    def _chunks(self, tokens: int) -> list[slice]:
+        """Half as long where whole distributions are compared: that takes some three tables more."""
+        chunks = list(self.head.chunks(tokens))
+        most = max(self.head.most_tokens // 2, 1)
+        if "full" not in self.needs or all(rows.stop - rows.start <= most for rows in chunks):
+            return chunks
+        middles = [math.ceil((rows.start + rows.stop) / 2) for rows in chunks]
+        halves = [(slice(c.start, m), slice(m, c.stop)) for c, m in zip(chunks, middles, strict=True)]
+        return [half for pair in halves for half in pair if half.start < half.stop]
+
+    def _distribution(
+        self, hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+    ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"], Float[Tensor, "n 1"]]:
+        """log pi and pi at every id, in the tables, and the log of what normalised them."""
+        assert self.tables is not None
+        logits = self.head.logits(hidden, weight, bias, self.tables)
+        probabilities = self.tables.probabilities[: len(hidden)]
+        return logits, probabilities, _normalise_(logits, probabilities, self.tables.room)
 
     def _see(
         self, rows: slice, normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], whole: bool = True
@@ -225,7 +290,7 @@ class _Work:
             recomputed_logp=_rows(batch.recomputed_logp, rows),
             topk_logp=topk_logp,
             rollout_topk_logp=rollout_topk,
-            entropy=-(probabilities * normalised).sum(dim=-1),
+            entropy=_entropy(normalised, probabilities, self.room),
             sequence=batch.sequence[rows],
             position=batch.position[rows],
         )
@@ -241,8 +306,10 @@ class _Work:
                 'a whole-vocabulary divergence ("full") needs rollout_hidden in the batch and, before the rollout\'s '
                 "first step, PolicyHead.remember_rollout()"
             )
-        table = head.logits(hidden[rows], head.rollout_weight, head.rollout_bias)
-        table -= table.logsumexp(dim=-1, keepdim=True)
+        tables = self.rollout_tables
+        assert tables is not None
+        table = head.logits(hidden[rows], head.rollout_weight, head.rollout_bias, tables)
+        _normalise_(table, None, tables.room)
         return table
 
     def _differentiate(self, seen: _Seen, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -286,10 +353,9 @@ class _Work:
     ) -> _Planned:
         """First pass of a sequence-scope region: statistics of every token, the region on all of them at once."""
         pieces: list[TokenStats] = []  # [N] and [N, K + 1] only: a whole-vocabulary region is never of this scope
-        for rows in self.head.chunks(len(hidden)):
-            logits = self.head.logits(hidden[rows], weight, bias)
-            logits -= logits.logsumexp(dim=-1, keepdim=True)
-            pieces.append(self._see(rows, logits, logits.exp(), whole=False).tokens)
+        for rows in self._chunks(len(hidden)):
+            normalised, probabilities, _ = self._distribution(hidden[rows], weight, bias)
+            pieces.append(self._see(rows, normalised, probabilities, whole=False).tokens)
         loss, grad_logp, grad_entropy = self._differentiate(_Seen(_concatenated(pieces), None), slice(None))
         return _Planned(loss, grad_logp, grad_entropy)
 
@@ -334,24 +400,52 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.product_weight = weight.detach().to(_product_dtype(weight))
-        self.hidden = torch.empty_like(hidden)
+        self.hidden = torch.zeros_like(hidden)
         self.weight = torch.zeros_like(weight, dtype=torch.float32)
         self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
 
-    def add(self, rows: slice, grad: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
+    def add(
+        self,
+        rows: slice,
+        grad: Float[Tensor, "n V"],
+        hidden: Float[Tensor, "n H"],
+        moved: Bool[Tensor, " n"],
+        tables: _Tables,
+    ) -> None:
+        """Add a chunk; tokens that are not ``moved`` (no advantage, or masked) have no gradient, and cost none."""
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0)
+        index = moved.nonzero().squeeze(1)
+        few = len(index) < 0.9 * len(hidden)
+        if few:
+            grad = torch.index_select(grad, 0, index, out=tables.logits[: len(index)])
+            hidden = hidden[index]
         dtype = self.product_weight.dtype
-        product = grad.to(dtype)
-        self.hidden[rows] = product @ self.product_weight
+        product = grad if dtype == torch.float32 else tables.product[: len(grad)].copy_(grad)
+        into = self.hidden[rows]
+        if few:
+            into[index] = (product @ self.product_weight).to(into.dtype)
+        elif into.dtype == dtype:
+            torch.mm(product, self.product_weight, out=into)
+        else:
+            into.copy_(product @ self.product_weight)
         if dtype == torch.float32:
             self.weight.addmm_(product.t(), hidden.float())
         else:
-            self.weight += product.t() @ hidden.to(dtype)
-        if self.bias is not None:
-            self.bias += grad.sum(dim=0)
+            self._add_rounded(product, hidden.to(dtype))
+
+    def _add_rounded(self, product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
+        """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
+        pieces = zip(self.weight.split(_PIECE), product.split(_PIECE, dim=1), strict=True)
+        for weight, piece in pieces:
+            weight += piece.t() @ hidden
+
+
+_PIECE = 4096
 
 
 class _GradientInForward(torch.autograd.Function):
-    """A scalar whose gradients are ready when it is."""
+    """A scalar whose gradients are ready when it is; they are given away by the one backward pass that there can be."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
@@ -359,7 +453,7 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(dtype)
             loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias)
-        ctx.save_for_backward(
+        ctx.gradients = (
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
@@ -369,7 +463,48 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        return *(None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors), None
+        if ctx.gradients is None:
+            raise RuntimeError("the head's loss can be differentiated once: call the head again for a second backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if grad is None else grad.mul_(scale) for grad in gradients), None
+
+
+def _normalise_(
+    logits: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"] | None, room: Float[Tensor, "r V"]
+) -> Float[Tensor, "n 1"]:
+    """Log-softmax in place, and softmax into ``probabilities``; returns the log of the sum of exponentials.
+
+    Plain passes over memory that is there: on the CPU torch's logsumexp takes ten times as long, most of it for pages
+    of a temporary.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    logits.sub_(largest)
+    if probabilities is None:
+        total = _row_sums(room, len(logits), lambda rows, out: torch.exp(logits[rows], out=out))[:, None]
+    else:
+        total = torch.exp(logits, out=probabilities).sum(dim=-1, keepdim=True)
+        probabilities.div_(total)
+    log_total = total.log()
+    logits.sub_(log_total)
+    return log_total + largest
+
+
+def _entropy(
+    normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], room: Float[Tensor, "r V"]
+) -> Float[Tensor, " n"]:
+    def products(rows: slice, out: Tensor) -> Tensor:
+        return torch.mul(probabilities[rows], normalised[rows], out=out)
+
+    return _row_sums(room, len(normalised), products).neg_()
+
+
+def _row_sums(room: Float[Tensor, "r V"], n: int, write: Callable[[slice, Tensor], Tensor]) -> Float[Tensor, " n"]:
+    """Sums over the vocabulary of what ``write`` puts for n rows into a room of r."""
+    sums = torch.empty(n, dtype=room.dtype, device=room.device)
+    for start in range(0, n, len(room)):
+        rows = slice(start, min(start + len(room), n))
+        torch.sum(write(rows, room[: rows.stop - start]), dim=-1, out=sums[rows])
+    return sums
 
 
 def _logit_gradient_(
@@ -378,12 +513,13 @@ def _logit_gradient_(
     targets: Int[Tensor, " n"],
     grad_logp: Float[Tensor, " n"],
     grad_entropy: Float[Tensor, " n"] | None,
+    room: Float[Tensor, "r V"],
 ) -> Float[Tensor, "n V"]:
     """dloss/dlogits = g (1[target] - p) - e p (log p + H), written over ``probabilities``."""
     if grad_entropy is None:
         probabilities.mul_(-grad_logp[:, None])
     else:
-        entropy = -(probabilities * normalised).sum(dim=-1, keepdim=True)
+        entropy = _entropy(normalised, probabilities, room)[:, None]
         probabilities.mul_(-grad_logp[:, None] - grad_entropy[:, None] * (normalised + entropy))
     return probabilities.scatter_add_(1, targets[:, None], grad_logp[:, None])
 
