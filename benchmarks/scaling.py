@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(machine())
-    words, few = args.vocabularies[0], 1024
+    words, few = args.vocabularies[0], 2048  # enough to fill a chunk at the smallest vocabulary
 
     cases = {f"{n}": Case(n, words, args.width) for n in args.tokens}
     seconds = in_turn({name: case.ours for name, case in cases.items()}, args.rounds, args.clock)

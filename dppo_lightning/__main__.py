@@ -1,4 +1,4 @@
-"""The console script ``dppo``, also ``python -m dppo_lightning``: what must be set before torch loads, and then the CLI."""
+"""The console script ``dppo``, also ``python -m dppo_lightning``: what must be set before torch loads, then the CLI."""
 
 from __future__ import annotations
 

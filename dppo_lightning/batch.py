@@ -77,6 +77,7 @@ class Group:
         rewards: [G] float64, or None before the reward verb.
         reward_parts: name -> [G] float64, the named parts that the reward reported.
         advantages: [G] float64, or None before the advantage verb.
+        reference_logp: For each completion that has a token [T] log-probs under the reference model, or None.
     """
 
     prompt: Prompt
@@ -85,15 +86,20 @@ class Group:
     rewards: np.ndarray | None = None
     reward_parts: dict[str, np.ndarray] = field(default_factory=dict)
     advantages: np.ndarray | None = None
+    reference_logp: list[np.ndarray] | None = None
 
     def sequences(self) -> list[Sequence]:
         """One training sequence for each completion that has at least one token."""
         advantages = np.zeros(len(self.completions)) if self.advantages is None else self.advantages
-        return [
+        rows = [
             Sequence.from_completion(self.prompt, completion, float(advantage))
             for completion, advantage in zip(self.completions, advantages, strict=True)
             if len(completion) > 0
         ]
+        if self.reference_logp is not None:
+            for row, logp in zip(rows, self.reference_logp, strict=True):
+                row.reference_logp = logp
+        return rows
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON-ready record for each completion; a reward part that was not reported for it is None."""

@@ -245,19 +245,17 @@ class DPPOModule(pl.LightningModule):
 
     def reward_penalty(self, groups: list[Group]) -> list[np.ndarray]:
         """beta * sum over each completion's tokens of the estimated KL to the reference."""
+        rows = [group.sequences() for group in groups]
+        scored = iter(self._score(self._reference[0], [sequence for mine in rows for sequence in mine]))
         costs = []
-        for group in groups:
-            sequences = group.sequences()
-            totals = iter(self._kl_of(sequences))
+        for group, mine in zip(groups, rows, strict=True):
+            group.reference_logp = [next(scored) for _ in mine]  # for the metrics of training, too
+            totals = iter(
+                float(kl_estimate(torch.from_numpy(row.rollout_logp), torch.from_numpy(logp), self.kl.kind).sum())
+                for row, logp in zip(mine, group.reference_logp, strict=True)
+            )
             costs.append(np.array([next(totals) if len(completion) else 0.0 for completion in group.completions]))
-        return costs
-
-    def _kl_of(self, sequences: list[Sequence]) -> list[float]:
-        totals = []
-        for sequence, reference in zip(sequences, self._score(self._reference[0], sequences), strict=True):
-            kl = kl_estimate(torch.from_numpy(sequence.rollout_logp), torch.from_numpy(reference), self.kl.kind)
-            totals.append(self.kl.coefficient * float(kl.sum()))
-        return totals
+        return [self.kl.coefficient * cost for cost in costs]
 
     def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
         """Keep the policy of rollout time: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
