@@ -20,7 +20,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE  # what its trainer uses
 
 from dppo_lightning.batch import TrainingBatch
-from dppo_lightning.head import HeadOutput, LogitTransform, PolicyHead
+from dppo_lightning.head import HeadOutput, PolicyHead
+from dppo_lightning.logits import LogitTransform
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.trust_region import BinaryTV, FullTV, TopKTV
 from dppo_lightning.trust_region.base import TokenStats, TrustRegion

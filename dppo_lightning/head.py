@@ -10,55 +10,28 @@ every token. A region of scope "sequence" costs one more pass, 8 N H V: log-prob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.logits import (
+    Gradients,
+    LogitTransform,
+    Tables,
+    entropy_of,
+    gather,
+    logit_gradient_,
+    normalise_,
+    product_dtype_of,
+)
 from dppo_lightning.objective import Objective, TokenLoss
 from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens
 from dppo_lightning.trust_region.divergence import DivergenceMask
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """From the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
-
-    Args:
-        scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
-        softcap: cap * tanh(z / cap) (Gemma's ``final_logit_softcapping``); None for none.
-        temperature: Of sampling, > 0.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @classmethod
-    def of_model(cls, config: Any, temperature: float) -> LogitTransform:
-        """Read a Hugging Face config."""
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None), temperature)
-
-    def apply_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        """Transform in place."""
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.div_(self.temperature) if self.temperature != 1.0 else z
-
-    def backward_(self, grad: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        """dloss/dz from dloss/dlogits, in place; ``logits`` is what ``apply_`` returned."""
-        if self.softcap is not None:
-            tanh = logits * (self.temperature / self.softcap)
-            grad.mul_(1 - tanh.square_())
-        factor = self.scale / self.temperature
-        return grad.mul_(factor) if factor != 1.0 else grad
 
 
 @dataclass(frozen=True)
@@ -113,7 +86,7 @@ class PolicyHead(nn.Module):
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the head's matrix products here and now: autocast's where it is on, else the weight's."""
-        return _product_dtype(self.weight)
+        return product_dtype_of(self.weight)
 
     def remember_rollout(self) -> None:
         """Keep a copy of the projection as it is now, for regions that compare whole distributions ("full").
@@ -151,7 +124,7 @@ class PolicyHead(nn.Module):
         for rows in self.chunks(len(hidden)):
             logits = self.logits(hidden[rows], weight, self.bias)
             logits.sub_(logits.amax(dim=-1, keepdim=True))
-            sampled = _gather(logits, batch.targets[rows])
+            sampled = gather(logits, batch.targets[rows])
             logp[rows] = sampled - logits.exp_().sum(dim=-1).log()
         return logp
 
@@ -174,10 +147,10 @@ class PolicyHead(nn.Module):
         hidden: Float[Tensor, "n H"],
         weight: Float[Tensor, "V H"],
         bias: Float[Tensor, " V"] | None,
-        tables: _Tables | None = None,
+        tables: Tables | None = None,
     ) -> Float[Tensor, "n V"]:
         """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's."""
-        dtype, n = _product_dtype(weight), len(hidden)
+        dtype, n = product_dtype_of(weight), len(hidden)
         room = None if tables is None else tables.product[:n]
         product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
         if bias is not None:
@@ -185,17 +158,6 @@ class PolicyHead(nn.Module):
         if tables is not None and dtype != torch.float32:
             product = tables.logits[:n].copy_(product)
         return self.transform.apply_(product.float())
-
-
-class _Tables:
-    """Memory of one chunk, written anew by every chunk: fresh pages each time cost the CPU more than the arithmetic."""
-
-    def __init__(self, tokens: int, weight: Float[Tensor, "V H"], probabilities: bool = True) -> None:
-        shape, device, dtype = (tokens, weight.shape[0]), weight.device, _product_dtype(weight)
-        self.logits = torch.empty(shape, dtype=torch.float32, device=device)
-        self.probabilities = torch.empty_like(self.logits if probabilities else self.logits[:0])
-        self.room = torch.empty(max(1, min(tokens, (1 << 20) // shape[1])), shape[1], device=device)  # fits a cache
-        self.product = self.logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Work:
@@ -214,8 +176,8 @@ class _Work:
         self.diagnostics = diagnostics
         self.needs = objective.region.needs.union(*(region.needs for region in diagnostics.values()))
         self.collected: dict[str, list[Tensor]] = {}
-        self.tables: _Tables | None = None
-        self.rollout_tables: _Tables | None = None
+        self.tables: Tables | None = None
+        self.rollout_tables: Tables | None = None
 
     def run(
         self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
@@ -223,10 +185,10 @@ class _Work:
         """The loss, and its gradient with respect to hidden states, weight and bias."""
         chunks = self._chunks(len(hidden))
         longest = max((rows.stop - rows.start for rows in chunks), default=0)
-        self.tables = _Tables(longest, weight)
+        self.tables = Tables(longest, weight)
         if "full" in self.needs:
-            self.rollout_tables = _Tables(longest, weight, probabilities=False)
-        grads = _Gradients(hidden, weight, bias)
+            self.rollout_tables = Tables(longest, weight, probabilities=False)
+        grads = Gradients(hidden, weight, bias)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_sequence = self.objective.region.scope == "sequence" and len(hidden) > 0
         planned = self._plan_sequences(hidden, weight, bias) if by_sequence else None
@@ -239,7 +201,7 @@ class _Work:
             else:
                 grad_logp, grad_entropy = planned.grad_logp[rows], _rows(planned.grad_entropy, rows)
             self._diagnose(seen)
-            grad = _logit_gradient_(
+            grad = logit_gradient_(
                 normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy, self.room
             )
             if self.head.transform.softcap is not None:
@@ -273,7 +235,7 @@ class _Work:
         assert self.tables is not None
         logits = self.head.logits(hidden, weight, bias, self.tables)
         probabilities = self.tables.probabilities[: len(hidden)]
-        return logits, probabilities, _normalise_(logits, probabilities, self.tables.room)
+        return logits, probabilities, normalise_(logits, probabilities, self.tables.room)
 
     def _see(
         self, rows: slice, normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], whole: bool = True
@@ -284,13 +246,13 @@ class _Work:
         if "topk" in self.needs and batch.topk_ids is not None:
             topk_logp, rollout_topk = normalised.gather(1, batch.topk_ids[rows]), _rows(batch.rollout_topk_logp, rows)
         tokens = TokenStats(
-            logp=_gather(normalised, batch.targets[rows]),
+            logp=gather(normalised, batch.targets[rows]),
             rollout_logp=batch.rollout_logp[rows],
             advantage=batch.advantage[rows],
             recomputed_logp=_rows(batch.recomputed_logp, rows),
             topk_logp=topk_logp,
             rollout_topk_logp=rollout_topk,
-            entropy=_entropy(normalised, probabilities, self.room),
+            entropy=entropy_of(normalised, probabilities, self.room),
             sequence=batch.sequence[rows],
             position=batch.position[rows],
         )
@@ -309,7 +271,7 @@ class _Work:
         tables = self.rollout_tables
         assert tables is not None
         table = head.logits(hidden[rows], head.rollout_weight, head.rollout_bias, tables)
-        _normalise_(table, None, tables.room)
+        normalise_(table, None, tables.room)
         return table
 
     def _differentiate(self, seen: _Seen, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -395,61 +357,12 @@ class _Planned:
     grad_entropy: Float[Tensor, " N"] | None
 
 
-class _Gradients:
-    """Gradients of hidden states, weight and bias; those of the parameters are summed in fp32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.product_weight = weight.detach().to(_product_dtype(weight))
-        self.hidden = torch.zeros_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-
-    def add(
-        self,
-        rows: slice,
-        grad: Float[Tensor, "n V"],
-        hidden: Float[Tensor, "n H"],
-        moved: Bool[Tensor, " n"],
-        tables: _Tables,
-    ) -> None:
-        """Add a chunk; tokens that are not ``moved`` (no advantage, or masked) have no gradient, and cost none."""
-        if self.bias is not None:
-            self.bias += grad.sum(dim=0)
-        index = moved.nonzero().squeeze(1)
-        few = len(index) < 0.9 * len(hidden)
-        if few:
-            grad = torch.index_select(grad, 0, index, out=tables.logits[: len(index)])
-            hidden = hidden[index]
-        dtype = self.product_weight.dtype
-        product = grad if dtype == torch.float32 else tables.product[: len(grad)].copy_(grad)
-        into = self.hidden[rows]
-        if few:
-            into[index] = (product @ self.product_weight).to(into.dtype)
-        elif into.dtype == dtype:
-            torch.mm(product, self.product_weight, out=into)
-        else:
-            into.copy_(product @ self.product_weight)
-        if dtype == torch.float32:
-            self.weight.addmm_(product.t(), hidden.float())
-        else:
-            self._add_rounded(product, hidden.to(dtype))
-
-    def _add_rounded(self, product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
-        """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
-        pieces = zip(self.weight.split(_PIECE), product.split(_PIECE, dim=1), strict=True)
-        for weight, piece in pieces:
-            weight += piece.t() @ hidden
-
-
-_PIECE = 4096
-
-
 class _GradientInForward(torch.autograd.Function):
     """A scalar whose gradients are ready when it is; they are given away by the one backward pass that there can be."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
-        dtype = _product_dtype(weight)
+        dtype = product_dtype_of(weight)
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(dtype)
             loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias)
@@ -467,71 +380,6 @@ class _GradientInForward(torch.autograd.Function):
             raise RuntimeError("the head's loss can be differentiated once: call the head again for a second backward")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if grad is None else grad.mul_(scale) for grad in gradients), None
-
-
-def _normalise_(
-    logits: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"] | None, room: Float[Tensor, "r V"]
-) -> Float[Tensor, "n 1"]:
-    """Log-softmax in place, and softmax into ``probabilities``; returns the log of the sum of exponentials.
-
-    Plain passes over memory that is there: on the CPU torch's logsumexp takes ten times as long, most of it for pages
-    of a temporary.
-    """
-    largest = logits.amax(dim=-1, keepdim=True)
-    logits.sub_(largest)
-    if probabilities is None:
-        total = _row_sums(room, len(logits), lambda rows, out: torch.exp(logits[rows], out=out))[:, None]
-    else:
-        total = torch.exp(logits, out=probabilities).sum(dim=-1, keepdim=True)
-        probabilities.div_(total)
-    log_total = total.log()
-    logits.sub_(log_total)
-    return log_total + largest
-
-
-def _entropy(
-    normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], room: Float[Tensor, "r V"]
-) -> Float[Tensor, " n"]:
-    def products(rows: slice, out: Tensor) -> Tensor:
-        return torch.mul(probabilities[rows], normalised[rows], out=out)
-
-    return _row_sums(room, len(normalised), products).neg_()
-
-
-def _row_sums(room: Float[Tensor, "r V"], n: int, write: Callable[[slice, Tensor], Tensor]) -> Float[Tensor, " n"]:
-    """Sums over the vocabulary of what ``write`` puts for n rows into a room of r."""
-    sums = torch.empty(n, dtype=room.dtype, device=room.device)
-    for start in range(0, n, len(room)):
-        rows = slice(start, min(start + len(room), n))
-        torch.sum(write(rows, room[: rows.stop - start]), dim=-1, out=sums[rows])
-    return sums
-
-
-def _logit_gradient_(
-    normalised: Float[Tensor, "n V"],
-    probabilities: Float[Tensor, "n V"],
-    targets: Int[Tensor, " n"],
-    grad_logp: Float[Tensor, " n"],
-    grad_entropy: Float[Tensor, " n"] | None,
-    room: Float[Tensor, "r V"],
-) -> Float[Tensor, "n V"]:
-    """dloss/dlogits = g (1[target] - p) - e p (log p + H), written over ``probabilities``."""
-    if grad_entropy is None:
-        probabilities.mul_(-grad_logp[:, None])
-    else:
-        entropy = _entropy(normalised, probabilities, room)[:, None]
-        probabilities.mul_(-grad_logp[:, None] - grad_entropy[:, None] * (normalised + entropy))
-    return probabilities.scatter_add_(1, targets[:, None], grad_logp[:, None])
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the head's matrix products: autocast's where it is on, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _gather(table: Float[Tensor, "n V"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    return table.gather(1, ids[:, None]).squeeze(1)
 
 
 def _rows(value: Tensor | None, rows: slice) -> Tensor | None:

@@ -36,6 +36,7 @@ GLOSSARY: dict[str, str] = {
     "train/learning_rate": "learning rate of the step",
     "train/tokens": "generated tokens trained on in the step",
     "perf/padding_waste": "share of the forward pass's positions that are padding",
+    "perf/shared_prompt_share": "share of the sequences' ids that a prompt forwarded once for its completions spares",
     "perf/generated_tokens_per_s": "generated tokens per second of generation",
     "perf/trained_tokens_per_s": "generated tokens per second of training",
     "time/generate": "seconds of generation, of the rollout that the step begins",
@@ -80,6 +81,8 @@ class StepMetrics(nn.Module):
         self._add("perf/padding_waste", MeanMetric, torch.tensor(1 - batch.real_tokens / rows), rows)
         if batch.tokens == 0:
             return
+        ids = batch.real_tokens + batch.saved_tokens
+        self._add("perf/shared_prompt_share", MeanMetric, torch.tensor(batch.saved_tokens / ids), ids)
         log_ratio = output.logp - batch.rollout_logp
         ratio = log_ratio.exp()
         shift = output.logp.exp() - batch.rollout_logp.exp()

@@ -52,6 +52,8 @@ class DPPOModule(pl.LightningModule):
         kl: Pull towards the reference model, which is the policy before training.
         entropy_coefficient: Weight of an entropy bonus, >= 0.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        shared_prompts: Train sequences packed in one row without padding, each prompt forwarded once for all of its
+            completions, where the model's attention allows it (see attention.py); else one padded row a sequence.
         logits_mib: Memory of one chunk of logits in the head, in MiB.
         divergence_diagnostics: Log binary, Top-K and whole-vocabulary divergences side by side (diagnostics/...),
             whatever the trust region. Costs a no-gradient pass per rollout, a copy of the output projection and one
@@ -73,6 +75,7 @@ class DPPOModule(pl.LightningModule):
         kl: ReferenceKL = ReferenceKL(),  # noqa: B008  # frozen
         entropy_coefficient: float = 0.0,
         gradient_checkpointing: bool = False,
+        shared_prompts: bool = True,
         logits_mib: int = 64,
         divergence_diagnostics: bool = False,
     ) -> None:
@@ -86,6 +89,7 @@ class DPPOModule(pl.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         self.kl = kl
         self.gradient_checkpointing = gradient_checkpointing
+        self.shared_prompts = shared_prompts
         self.logits_mib = logits_mib
         self.objective = Objective(trust_region or BinaryTV(), kl, entropy_coefficient)
         self.diagnostics = diagnostic_divergences(self.region) if divergence_diagnostics else {}
@@ -127,9 +131,10 @@ class DPPOModule(pl.LightningModule):
         if self.policy is not None:
             return
         temperature = self.data.sampling.temperature or 1.0
-        self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing)
+        shared = self.shared_prompts
+        self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing, shared)
         if self.kl.coefficient > 0:
-            reference = Policy(self.policy_name, temperature, self.logits_mib)
+            reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
 
     def configure_optimizers(self) -> Any:

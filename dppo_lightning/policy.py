@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dppo_lightning import attention
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.head import LogitTransform, PolicyHead
+from dppo_lightning.head import PolicyHead
+from dppo_lightning.logits import LogitTransform
 from dppo_lightning.packing import Layout
 
 

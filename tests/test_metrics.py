@@ -31,6 +31,7 @@ def make_micro_batch(tokens: int, seed: int, kl: bool = True) -> tuple[TrainingB
         position=zeros,
         version=torch.randint(STEP + 1, (tokens,), generator=g),
         real_tokens=tokens + 1,
+        saved_tokens=seed % 3,
     )
     output = HeadOutput(
         loss=torch.randn((), generator=g),
@@ -65,7 +66,10 @@ def whole_step(micro_batches: list[tuple[TrainingBatch, HeadOutput]]) -> dict[st
     advantage, masked = batch("advantage"), 1 - output("keep")
     if len(pi) == 0:
         return values
+    counted = [b for b, _ in micro_batches if b.tokens]
+    spared, forwarded = sum(b.saved_tokens for b in counted), sum(b.real_tokens for b in counted)
     values |= {
+        "perf/shared_prompt_share": spared / (spared + forwarded),
         "train/surrogate": -output("surrogate_loss").mean(),
         "train/masked_share": masked.mean(),
         "train/moved_negative_share": np.mean((advantage < 0) & (mu - pi > 0.5)),

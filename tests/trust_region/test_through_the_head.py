@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dppo_lightning.batch import TrainingBatch
-from dppo_lightning.head import HeadOutput, LogitTransform, PolicyHead
+from dppo_lightning.head import HeadOutput, PolicyHead
+from dppo_lightning.logits import LogitTransform
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.trust_region import BinaryTV, FullTV, TokenStats, TokenStatsError, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences

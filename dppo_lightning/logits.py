@@ -1,0 +1,173 @@
+"""Arithmetic on one chunk of logits: normalising, gradients, and sums that outlive the chunk. Used by head.py alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
+
+    Args:
+        scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        softcap: cap * tanh(z / cap) (Gemma's ``final_logit_softcapping``); None for none.
+        temperature: Of sampling, > 0.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def of_model(cls, config: Any, temperature: float) -> LogitTransform:
+        """Read a Hugging Face config."""
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None), temperature)
+
+    def apply_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Transform in place."""
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z.div_(self.temperature) if self.temperature != 1.0 else z
+
+    def backward_(self, grad: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """dloss/dz from dloss/dlogits, in place; ``logits`` is what ``apply_`` returned."""
+        if self.softcap is not None:
+            tanh = logits * (self.temperature / self.softcap)
+            grad.mul_(1 - tanh.square_())
+        factor = self.scale / self.temperature
+        return grad.mul_(factor) if factor != 1.0 else grad
+
+
+class Tables:
+    """Memory of one chunk, written anew by every chunk: fresh pages each time cost the CPU more than the arithmetic."""
+
+    def __init__(self, tokens: int, weight: Float[Tensor, "V H"], probabilities: bool = True) -> None:
+        shape, device, dtype = (tokens, weight.shape[0]), weight.device, product_dtype_of(weight)
+        self.logits = torch.empty(shape, dtype=torch.float32, device=device)
+        self.probabilities = torch.empty_like(self.logits if probabilities else self.logits[:0])
+        self.room = torch.empty(max(1, min(tokens, (1 << 20) // shape[1])), shape[1], device=device)  # fits a cache
+        self.product = self.logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
+
+
+class Gradients:
+    """Gradients of hidden states, weight and bias; those of the parameters are summed in fp32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.product_weight = weight.detach().to(product_dtype_of(weight))
+        self.hidden = torch.zeros_like(hidden)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(
+        self,
+        rows: slice,
+        grad: Float[Tensor, "n V"],
+        hidden: Float[Tensor, "n H"],
+        moved: Bool[Tensor, " n"],
+        tables: Tables,
+    ) -> None:
+        """Add a chunk; tokens that are not ``moved`` (no advantage, or masked) have no gradient, and cost none."""
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0)
+        index = moved.nonzero().squeeze(1)
+        few = len(index) < 0.9 * len(hidden)
+        if few:
+            grad = torch.index_select(grad, 0, index, out=tables.logits[: len(index)])
+            hidden = hidden[index]
+        dtype = self.product_weight.dtype
+        product = grad if dtype == torch.float32 else tables.product[: len(grad)].copy_(grad)
+        into = self.hidden[rows]
+        if few:
+            into[index] = (product @ self.product_weight).to(into.dtype)
+        elif into.dtype == dtype:
+            torch.mm(product, self.product_weight, out=into)
+        else:
+            into.copy_(product @ self.product_weight)
+        if dtype == torch.float32:
+            self.weight.addmm_(product.t(), hidden.float())
+        else:
+            self._add_rounded(product, hidden.to(dtype))
+
+    def _add_rounded(self, product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
+        """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
+        pieces = zip(self.weight.split(_PIECE), product.split(_PIECE, dim=1), strict=True)
+        for weight, piece in pieces:
+            weight += piece.t() @ hidden
+
+
+_PIECE = 4096
+
+
+def normalise_(
+    logits: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"] | None, room: Float[Tensor, "r V"]
+) -> Float[Tensor, "n 1"]:
+    """Log-softmax in place, and softmax into ``probabilities``; returns the log of the sum of exponentials.
+
+    Plain passes over memory that is there: on the CPU torch's logsumexp takes ten times as long, most of it for pages
+    of a temporary.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    logits.sub_(largest)
+    if probabilities is None:
+        total = row_sums(room, len(logits), lambda rows, out: torch.exp(logits[rows], out=out))[:, None]
+    else:
+        total = torch.exp(logits, out=probabilities).sum(dim=-1, keepdim=True)
+        probabilities.div_(total)
+    log_total = total.log()
+    logits.sub_(log_total)
+    return log_total + largest
+
+
+def entropy_of(
+    normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], room: Float[Tensor, "r V"]
+) -> Float[Tensor, " n"]:
+    def products(rows: slice, out: Tensor) -> Tensor:
+        return torch.mul(probabilities[rows], normalised[rows], out=out)
+
+    return row_sums(room, len(normalised), products).neg_()
+
+
+def row_sums(room: Float[Tensor, "r V"], n: int, write: Callable[[slice, Tensor], Tensor]) -> Float[Tensor, " n"]:
+    """Sums over the vocabulary of what ``write`` puts for n rows into a room of r."""
+    sums = torch.empty(n, dtype=room.dtype, device=room.device)
+    for start in range(0, n, len(room)):
+        rows = slice(start, min(start + len(room), n))
+        torch.sum(write(rows, room[: rows.stop - start]), dim=-1, out=sums[rows])
+    return sums
+
+
+def logit_gradient_(
+    normalised: Float[Tensor, "n V"],
+    probabilities: Float[Tensor, "n V"],
+    targets: Int[Tensor, " n"],
+    grad_logp: Float[Tensor, " n"],
+    grad_entropy: Float[Tensor, " n"] | None,
+    room: Float[Tensor, "r V"],
+) -> Float[Tensor, "n V"]:
+    """dloss/dlogits = g (1[target] - p) - e p (log p + H), written over ``probabilities``."""
+    if grad_entropy is None:
+        probabilities.mul_(-grad_logp[:, None])
+    else:
+        entropy = entropy_of(normalised, probabilities, room)[:, None]
+        probabilities.mul_(-grad_logp[:, None] - grad_entropy[:, None] * (normalised + entropy))
+    return probabilities.scatter_add_(1, targets[:, None], grad_logp[:, None])
+
+
+def product_dtype_of(weight: Tensor) -> torch.dtype:
+    """The dtype of the head's matrix products: autocast's where it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def gather(table: Float[Tensor, "n V"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return table.gather(1, ids[:, None]).squeeze(1)
