@@ -12,7 +12,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): requirements-cpu.txt pyproject.toml
 	@echo "installing about 200 packages into .venv (3 GB, some minutes)"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Python 3.11 is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "Python 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps -r requirements-cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -67,6 +68,21 @@ def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) ->
         assert exit_.value.code == 0
         return
     assert DPPOCommandLine(arguments).model is not None
+
+
+def test_the_prompts_and_rewards_of_the_docs_can_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "prompts-and-rewards.md").read_text()
+    (tmp_path / "my_rewards.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    arguments = ["fit", "--config", "configs/quickstart.yaml"]
+    for place, block in enumerate(blocks):
+        (tmp_path / f"{place}.yaml").write_text(block)
+        arguments += ["--config", f"{place}.yaml"]
+    give(arguments, monkeypatch, tmp_path)
+    for name in re.findall(r"`(dppo_lightning\.(?:prompts|rewards)\.\w+)`", page):
+        module, _, kind = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), kind)
 
 
 def test_every_metric_is_listed_with_its_meaning() -> None:
