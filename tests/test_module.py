@@ -148,9 +148,9 @@ def test_a_reference_is_loaded_only_for_kl(
 ) -> None:
     loaded: list[str] = []
 
-    def load(name: str, *settings: Any) -> Policy:
+    def load(name: str, *settings: Any, **named: Any) -> Policy:
         loaded.append(name)
-        return Policy(name, *settings)
+        return Policy(name, *settings, **named)
 
     monkeypatch.setattr(dppo_lightning.module, "Policy", load)
     run = fit(tiny_policy_dir, {"kl": ReferenceKL(beta), "optimizer": sgd(0.5)}, max_steps=3)
