@@ -138,6 +138,7 @@ class Sequence:
         reference_logp: [T] float32 or None, log-probs under the reference model.
         recomputed_logp: [T] float32 or None, log-probs under the policy of rollout time, recomputed by the trainer.
         rollout_hidden: [T, H] or None, the policy's hidden states of rollout time, for full-vocabulary regions.
+        truncated: Whether the completion was cut by the length limit.
     """
 
     token_ids: np.ndarray
@@ -150,6 +151,7 @@ class Sequence:
     reference_logp: np.ndarray | None = None
     recomputed_logp: np.ndarray | None = None
     rollout_hidden: Tensor | None = None
+    truncated: bool = False
 
     @classmethod
     def from_completion(cls, prompt: Prompt, completion: Completion, advantage: float) -> Sequence:
@@ -164,6 +166,7 @@ class Sequence:
             advantage=advantage,
             topk_ids=topk_ids,
             rollout_topk_logp=topk_logp,
+            truncated=completion.finish_reason == "length",
         )
 
     @property

@@ -31,11 +31,12 @@ from dppo_lightning.callbacks.progress import RunProgressBar
 from dppo_lightning.callbacks.run_record import RunRecord, check_unused, discard_unless_begun
 from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
+from dppo_lightning.callbacks.timeline_log import TimelineLog
 from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prepare import prepare
-from dppo_lightning.prompts import PromptSource
+from dppo_lightning.prompts import PromptSampler, PromptSource
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
@@ -59,6 +60,7 @@ COMPONENTS: dict[str, tuple[str, type]] = {
     "reward": ("reward", RewardFunction),
     "rewards": ("reward", RewardFunction),
     "engine": ("rollout engine", RolloutEngine),
+    "sampler": ("prompt sampler", PromptSampler),
 }
 """Configuration key -> what its class is, and the base class."""
 
@@ -141,7 +143,16 @@ class DPPOCommandLine(LightningCLI):
 
 def standard_callbacks() -> list[pl.Callback]:
     """What every run records and shows."""
-    return [StartTable(), HeldOutEvaluation(), CompletionLog(), MaskAudit(), RunProgressBar(), Summary(), Curves()]
+    return [
+        StartTable(),
+        HeldOutEvaluation(),
+        CompletionLog(),
+        MaskAudit(),
+        TimelineLog(),
+        RunProgressBar(),
+        Summary(),
+        Curves(),
+    ]
 
 
 def prepare_parser() -> LightningArgumentParser:

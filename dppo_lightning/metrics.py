@@ -32,6 +32,7 @@ GLOSSARY: dict[str, str] = {
     "train/entropy": "mean entropy of the policy at the generated positions, in nats",
     "train/kl_reference": "mean estimated KL to the reference model",
     "train/staleness": "mean age of the step's tokens, in optimizer steps",
+    "train/staleness_max": "age of the step's oldest token, in optimizer steps",
     "train/grad_norm": "norm of the gradient before clipping",
     "train/learning_rate": "learning rate of the step",
     "train/tokens": "generated tokens trained on in the step",
@@ -39,8 +40,15 @@ GLOSSARY: dict[str, str] = {
     "perf/shared_prompt_share": "share of the sequences' ids that a prompt forwarded once for its completions spares",
     "perf/generated_tokens_per_s": "generated tokens per second of generation",
     "perf/trained_tokens_per_s": "generated tokens per second of training",
-    "time/generate": "seconds of generation, of the rollout that the step begins",
-    "time/reward": "seconds of reward functions, of the rollout that the step begins",
+    "stream/ready": "groups that were complete when the trainer asked for the rollout",
+    "stream/in_flight": "requests in flight when the rollout was taken",
+    "stream/without_signal": "groups left out of the rollout because their rewards are all equal (resampling)",
+    "stream/resampled": "groups generated in the place of such groups",
+    "stream/aborted": "completions aborted because the rollout was complete without them (oversampling)",
+    "stream/stale": "groups generated anew because they had become too old (late: drop)",
+    "time/wait": "seconds that training stood still for the rollout that the step begins",
+    "time/generate": "seconds from the rollout's first request to its last completion; training may go on meanwhile",
+    "time/reward": "seconds of reward functions, of the rollout that the step begins; generation goes on meanwhile",
     "time/annotate": "seconds of no-gradient passes before a rollout's first step, 0 when nothing asks for them: "
     "recomputed log-probs, hidden states (full-vocabulary regions, diagnostics), reference log-probs",
     "time/train": "seconds of forward, backward and optimizer of the step",
@@ -52,7 +60,9 @@ GLOSSARY: dict[str, str] = {
     "heldout/pass_at_k": "share of held-out prompts with at least one solved completion among k",
     "heldout/length": "mean length of held-out completions, in tokens",
 }
-"""Beside these: ``train/part/<name>`` and ``heldout/part/<name>``, the named parts of the reward, and
+"""Beside these: ``train/part/<name>`` and ``heldout/part/<name>``, the named parts of the reward;
+``staleness/tokens/<age>`` and ``staleness/masked_share/<age>``, the number of the step's tokens of an age in optimizer
+steps and the share of them that the region stopped; and
 ``diagnostics/<divergence>`` (binary_tv, topk_tv, full_tv, binary_kl, topk_kl, full_kl), means over the step's tokens of
 divergences measured beside the region's own."""
 
@@ -60,7 +70,7 @@ divergences measured beside the region's own."""
 def check_names(values: Mapping[str, float]) -> Mapping[str, float]:
     """Return ``values``; KeyError for a name that the glossary does not know, so that no metric goes undocumented."""
     for name in values:
-        if name not in GLOSSARY and not name.startswith(("train/part/", "heldout/part/", "diagnostics/")):
+        if name not in GLOSSARY and not name.startswith(("train/part/", "heldout/part/", "diagnostics/", "staleness/")):
             raise KeyError(f"metric {name!r} is not in metrics.GLOSSARY: add it there with its meaning")
     return values
 
@@ -97,7 +107,13 @@ class StepMetrics(nn.Module):
         self._add("train/mismatch_kl", MeanMetric, ratio - 1 - log_ratio)
         self._add("train/ratio_max", MaxMetric, ratio)
         self._add("train/entropy", MeanMetric, output.entropy)
-        self._add("train/staleness", MeanMetric, (step - batch.version).float())
+        age = step - batch.version
+        self._add("train/staleness", MeanMetric, age.float())
+        self._add("train/staleness_max", MaxMetric, age.float())
+        for number in age.unique().tolist():
+            mine = stopped[age == number]
+            self._add(f"staleness/tokens/{number}", SumMetric, torch.tensor(float(len(mine))))
+            self._add(f"staleness/masked_share/{number}", MeanMetric, mine)
         if output.divergence is not None:
             self._add("train/divergence", MeanMetric, output.divergence)
             self._add("train/divergence_max", MaxMetric, output.divergence)

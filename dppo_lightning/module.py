@@ -22,6 +22,7 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
+from dppo_lightning.timeline import Span
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
 
@@ -150,6 +151,8 @@ class DPPOModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         self._train_started = time.perf_counter()
+        assert self.data.stream is not None
+        self.data.stream.pump()
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """One micro-batch of an optimizer step.
@@ -173,7 +176,9 @@ class DPPOModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
         """After the step's last micro-batch: log, and give the engine the new weights when the rollout is used up."""
-        self._train_seconds += time.perf_counter() - self._train_started
+        ended = time.perf_counter()
+        self._train_seconds += ended - self._train_started
+        self.data.timeline.add(Span("train", self._train_started, ended, self.trainer.global_step - 1))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         plan = self.data.plan
@@ -215,7 +220,11 @@ class DPPOModule(pl.LightningModule):
         if self._sync is None:
             self._sync = self._make_sync()
         if self._sync.version != self.trainer.global_step:
-            report = self._sync.push(self.policy.named_weights(), self.trainer.global_step)
+            version = self.trainer.global_step
+            stream = self.data.stream
+            assert stream is not None
+            with self.data.timeline.measure("sync", version), stream.updating(version):
+                report = self._sync.push(self.policy.named_weights(), version)
             self._sync_metrics = {
                 "time/sync": report.seconds,
                 "sync/bytes": report.bytes,
@@ -230,7 +239,8 @@ class DPPOModule(pl.LightningModule):
             coarse = "bfloat16" if "bf16" in str(self.trainer.precision) else "float32"
             tolerance = max(TOLERANCE[data.rollout_dtype], TOLERANCE[coarse])
         probe = (data.heldout_prompts or data.train_prompts)[0]
-        return WeightSync(data.engine, probe, data.sampling, tolerance, self._logp_of_one)
+        assert data.stream is not None
+        return WeightSync(data.stream.inbox, probe, data.sampling, tolerance, self._logp_of_one)
 
     def _logp_of_one(self, sequence: Sequence) -> np.ndarray:
         assert self.policy is not None

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dppo_lightning.module import DPPOModule
+from dppo_lightning.rollout.datamodule import RolloutDataModule
 
 
 class StartTable(pl.Callback):
@@ -49,11 +50,20 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
         ("prompts_per_step", str(data.prompts_per_step)),
         ("samples_per_prompt", str(data.samples_per_prompt)),
         ("steps_per_rollout", str(data.steps_per_rollout)),
+        ("max_staleness", _staleness(data)),
         ("  completions per step", f"{per_step} in {trainer.accumulate_grad_batches} micro-batch(es)"),
         ("  completions per rollout", str(per_step * data.steps_per_rollout)),
         ("  steps", f"{trainer.max_steps} ({passes:.2g} passes over the training prompts)"),
         ("run directory", str(trainer.default_root_dir)),
     ]
+
+
+def _staleness(data: RolloutDataModule) -> str:
+    streaming = data.streaming
+    oldest = streaming.max_staleness + data.steps_per_rollout - 1
+    ahead = f"late groups: {streaming.late}, interrupted completions: {streaming.partial}"
+    how = ahead if streaming.max_staleness else "generation and training take turns"
+    return f"{streaming.max_staleness} ({how}); oldest token trained on: {oldest} step(s)"
 
 
 def _count(number: int) -> str:

@@ -1,26 +1,53 @@
-"""The order in which prompts are visited."""
+"""PromptSampler: which prompts are asked next."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dppo_lightning.batch import Prompt
+from dppo_lightning.errors import ConfigError
 
 
-class PromptSampler:
-    """Visits every prompt once per pass, in an order drawn anew for each pass from the seed.
+class PromptSampler(ABC):
+    """Subclass and write ``draw``; what it remembers goes into ``state_dict``.
 
-    Args:
-        prompts: At least one.
-        seed: Of the order.
+    Attributes:
+        prompts: The training prompts, at least one.
+        seed: Of the run.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    prompts: Sequence[Prompt]
+    seed: int
+
+    def start(self, prompts: Sequence[Prompt], seed: int) -> None:
+        """Called once, before the first draw."""
         self.prompts = prompts
         self.seed = seed
+
+    @abstractmethod
+    def draw(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts."""
+
+    def record(self, prompt: Prompt, pass_rate: float) -> None:  # noqa: B027  # most samplers need not know
+        """Told of every group that was generated: the share in [0, 1] of its completions that are solved."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on drawing as if there had been no interruption."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state."""
+
+
+class Shuffled(PromptSampler):
+    """Visits every prompt once per pass, in an order drawn anew for each pass from the seed."""
+
+    def __init__(self) -> None:
         self.drawn = 0
 
     def draw(self, count: int) -> list[Prompt]:
@@ -35,3 +62,58 @@ class PromptSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.drawn = state["drawn"]
+
+
+class PassRateCurriculum(PromptSampler):
+    """Prefers prompts that the policy solves sometimes: all-right and all-wrong groups teach nothing.
+
+    A prompt with pass rate p is drawn with weight max(floor, 4 p (1 - p)), which is the variance of its reward. The
+    pass rate is a running mean of what was recorded; prompts never asked count as ``prior``. One draw takes no prompt
+    twice, unless it is larger than the number of prompts.
+
+    Args:
+        prior: Pass rate assumed of a prompt that was not asked yet, in [0, 1].
+        memory: Weight of a prompt's older pass rate when a new one comes, in [0, 1); 0 keeps the newest only.
+        floor: Least weight of any prompt, in (0, 1]; 1 draws uniformly.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(self, prior: float = 0.5, memory: float = 0.5, floor: float = 0.05) -> None:
+        if not 0 <= prior <= 1:
+            raise ConfigError(f"PassRateCurriculum: prior must be in [0, 1], got {prior}")
+        if not 0 <= memory < 1:
+            raise ConfigError(f"PassRateCurriculum: memory must be in [0, 1), got {memory}")
+        if not 0 < floor <= 1:
+            raise ConfigError(f"PassRateCurriculum: floor must be in (0, 1], got {floor}")
+        self.prior = prior
+        self.memory = memory
+        self.floor = floor
+        self.draws = 0
+        self.pass_rates: dict[str, float] = {}
+
+    def draw(self, count: int) -> list[Prompt]:
+        """Prompts drawn without replacement by their weights."""
+        rates = np.array([self.pass_rates.get(prompt.id, self.prior) for prompt in self.prompts])
+        weights = np.maximum(self.floor, 4 * rates * (1 - rates))
+        chosen: list[int] = []
+        while len(chosen) < count:
+            generator = np.random.default_rng((self.seed, self.draws))
+            # the largest of log weight + Gumbel noise are a weighted sample without replacement
+            keys = np.log(weights) + generator.gumbel(size=len(weights))
+            chosen += np.argsort(-keys, kind="stable")[: count - len(chosen)].tolist()
+            self.draws += 1
+        return [self.prompts[index] for index in chosen]
+
+    def record(self, prompt: Prompt, pass_rate: float) -> None:
+        before = self.pass_rates.get(prompt.id)
+        rate = pass_rate if before is None else self.memory * before + (1 - self.memory) * pass_rate
+        self.pass_rates[prompt.id] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"draws": self.draws, "pass_rates": dict(self.pass_rates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.draws = state["draws"]
+        self.pass_rates = dict(state["pass_rates"])

@@ -39,7 +39,14 @@ class Score:
 
 
 class RewardFunction(ABC):
-    """Subclass and write ``score``; callers use ``__call__``, which checks what ``score`` returns."""
+    """Subclass and write ``score``; callers use ``__call__``, which checks what ``score`` returns.
+
+    Attributes:
+        main_thread: Whether it must be called on the main thread (a time limit that is kept by signals, say). Then
+            generation goes on meanwhile, but training does not; other rewards run beside both.
+    """
+
+    main_thread: bool = False
 
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> Sequence[float | Score]:

@@ -27,6 +27,8 @@ class MathReward(RewardFunction):
         RewardError: When scoring: a prompt's reference answer is missing or no mathematics.
     """
 
+    main_thread = True
+
     def __init__(self, timeout: int = 5) -> None:
         if timeout < 1:
             raise ConfigError(f"timeout must be >= 1 second, got {timeout}")

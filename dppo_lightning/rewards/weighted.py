@@ -39,6 +39,7 @@ class WeightedSum(RewardFunction):
         self.rewards = list(rewards)
         self.weights = [float(weight) for weight in weights]
         self.names = names
+        self.main_thread = any(reward.main_thread for reward in rewards)
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         members = [reward(samples) for reward in self.rewards]

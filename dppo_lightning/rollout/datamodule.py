@@ -18,11 +18,13 @@ from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.policy import context_length, load_tokenizer
 from dppo_lightning.prompts import PromptSource, encode
-from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
+from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,13 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: Where questions come from.
         reward: What scores the completions.
         engine: What generates them.
+        sampler: The order of the training prompts; Shuffled when None.
         prompts_per_step: Prompts of one optimizer step, >= 1.
         samples_per_prompt: Completions of each training prompt, >= 1 (>= 2 with a group baseline).
         steps_per_rollout: Optimizer steps taken on one rollout, >= 1; each completion is trained on once. Above 1 the
             later steps train on slightly stale completions, which is what the trust region is for.
+        streaming: How far generation runs ahead of training.
+        selection: Which completions are trained on.
         max_new_tokens: Longest completion, in tokens.
         max_prompt_tokens: Longer prompts are dropped and counted; None: as long as the model's context allows.
         temperature: Of training and held-out sampling; divides the logits.
@@ -71,6 +76,7 @@ class RolloutDataModule(pl.LightningDataModule):
             the last.
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
         solved_at: A completion counts as solved when its reward is at least this.
+        reward_timeout: Seconds that one call of the reward may take before the run is stopped, > 0.
         seed: Of prompt order and of every request.
 
     Raises:
@@ -82,9 +88,12 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: PromptSource,
         reward: RewardFunction,
         engine: RolloutEngine | None = None,
+        sampler: PromptSampler | None = None,
         prompts_per_step: int = 8,
         samples_per_prompt: int = 8,
         steps_per_rollout: int = 1,
+        streaming: Streaming = Streaming(),  # noqa: B008  # frozen
+        selection: Selection = Selection(),  # noqa: B008  # frozen
         max_new_tokens: int = 256,
         max_prompt_tokens: int | None = None,
         temperature: float = 1.0,
@@ -95,6 +104,7 @@ class RolloutDataModule(pl.LightningDataModule):
         evaluate_every_n_steps: int = 50,
         heldout_samples: int = 1,
         solved_at: float = 1.0,
+        reward_timeout: float = 600.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -107,20 +117,29 @@ class RolloutDataModule(pl.LightningDataModule):
         ):
             if value < 1:
                 raise ConfigError(f"data.{name} must be >= 1, got {value}")
+        if not reward_timeout > 0:
+            raise ConfigError(f"data.reward_timeout must be > 0, got {reward_timeout}")
+        streaming.check(steps_per_rollout)
+        selection.check(samples_per_prompt)
         self.sampling = Sampling(temperature, top_p, top_k, max_new_tokens)
         self.prompts = prompts
         self.reward = reward
         self.engine = VLLMEmbedded() if engine is None else engine
+        self.sampler = Shuffled() if sampler is None else sampler
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
         self.steps_per_rollout = steps_per_rollout
+        self.streaming = streaming
+        self.selection = selection
         self.max_prompt_tokens = max_prompt_tokens
         self.rollout_dtype: RolloutDtype = rollout_dtype
         self.parity_tolerance = parity_tolerance
         self.evaluate_every_n_steps = evaluate_every_n_steps
         self.heldout_samples = heldout_samples
         self.solved_at = solved_at
+        self.reward_timeout = reward_timeout
         self.seed = seed
+        self.timeline = Timeline()
         self.stream: RolloutStream | None = None
         self.plan: StepPlan | None = None
         self.predict_split: Literal["train", "heldout"] = "heldout"
@@ -145,17 +164,30 @@ class RolloutDataModule(pl.LightningDataModule):
             self.module.advantage.check(self.samples_per_prompt)
         spec = self.load_prompts(self.module.policy_name)
         self.engine.start(spec)
+        self.sampler.start(self.train_prompts, self.seed)
         self.stream = RolloutStream(
             engine=self.engine,
-            sampler=PromptSampler(self.train_prompts, self.seed),
+            sampler=self.sampler,
             tokenizer=self.tokenizer,
             reward=self.reward,
             advantage=self.module.advantage,
             sampling=self.training_sampling(),
             samples_per_prompt=self.samples_per_prompt,
             seed=self.seed,
+            schedule=self.schedule,
+            streaming=self.streaming,
+            selection=self.selection,
             penalty=self.module.reward_penalty if self.module.penalises_reward else None,
+            solved_at=self.solved_at,
+            reward_timeout=self.reward_timeout,
+            timeline=self.timeline,
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which rollout belongs to which optimizer steps."""
+        assert self.trainer is not None
+        return Schedule(self.prompts_per_step, self.steps_per_rollout, self.trainer.max_steps)
 
     def load_prompts(self, model: str) -> EngineSpec:
         """Tokenise the prompts and work out what the engine must be able to hold."""
@@ -190,11 +222,12 @@ class RolloutDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         return RolloutLoader(self)
 
-    def plan_rollout(self, steps: int) -> list[StepPlan]:
-        """Generate the groups of ``steps`` optimizer steps and lay them out."""
+    def plan_rollout(self, step: int) -> list[StepPlan]:
+        """Get the groups of the rollout that begins at ``step`` and lay its optimizer steps out."""
         assert self.stream is not None
-        rollout = self.stream.next_rollout(self.prompts_per_step * steps, self._progress)
-        sequences = [group.sequences() for group in rollout.groups]
+        rollout = self.stream.next_rollout(step, self._progress)
+        steps = rollout.window.steps
+        sequences = [self._trained(group) for group in rollout.groups]
         started = time.perf_counter()
         self.module.annotate([sequence for mine in sequences for sequence in mine])
         annotate = time.perf_counter() - started
@@ -209,6 +242,11 @@ class RolloutDataModule(pl.LightningDataModule):
         ]
         plans[0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
         return plans
+
+    def _trained(self, group: Group) -> list[Sequence]:
+        """The sequences of a group that are trained on."""
+        mask = self.selection.overlong == "mask"
+        return [sequence for sequence in group.sequences() if not (mask and sequence.truncated)]
 
     def _plan_step(self, groups: list[Group], sequences: list[Sequence], ends_rollout: bool) -> StepPlan:
         counts = np.array([sequence.tokens for sequence in sequences])
@@ -248,6 +286,8 @@ class RolloutDataModule(pl.LightningDataModule):
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
+        if self.stream is not None:
+            self.stream.close()
         self.stream = None
 
     def teardown(self, stage: str) -> None:
@@ -276,9 +316,7 @@ class RolloutLoader:
         data, trainer = self.data, self.data.trainer
         assert trainer is not None
         while trainer.global_step < trainer.max_steps:
-            into = trainer.global_step % data.steps_per_rollout
-            steps = min(data.steps_per_rollout - into, trainer.max_steps - trainer.global_step)
-            for plan in data.plan_rollout(steps):
+            for plan in data.plan_rollout(trainer.global_step):
                 data.plan = plan
                 yield from plan.batches
 
@@ -299,7 +337,9 @@ class HeldOutLoader:
     def __iter__(self) -> Iterator[list[Group]]:
         data = self.data
         if self.prompts and data.stream is not None:
-            yield data.stream.sample(self.prompts, data.heldout_samples, data.sampling, "heldout").groups
+            with data.timeline.measure("evaluate"):
+                groups = data.stream.sample(self.prompts, data.heldout_samples, data.sampling, "heldout")
+            yield groups
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
@@ -324,8 +364,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What making a rollout cost."""
     return {
         "train/failed": float(rollout.failed),
+        "time/wait": rollout.seconds["wait"],
         "time/generate": rollout.seconds["generate"],
         "time/reward": rollout.seconds["reward"],
+        **rollout.counts,
         "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
     }
 

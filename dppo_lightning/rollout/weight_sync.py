@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dppo_lightning.batch import Completion, Prompt, Sequence
 from dppo_lightning.errors import SyncError
-from dppo_lightning.rollout.engine import Request, RolloutEngine, Sampling
+from dppo_lightning.rollout.engine import Request, Sampling
+from dppo_lightning.rollout.inbox import Inbox
 
 TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Largest |log-prob difference| accepted on the probe, by the coarser dtype of trainer and engine, in nats.
@@ -39,7 +40,7 @@ class WeightSync:
     engine reports for each sampled token is compared with the trainer's log-prob for it.
 
     Args:
-        engine: A started engine with nothing in flight.
+        inbox: Of a started engine; other requests may be in flight.
         probe: The prompt of the probe.
         sampling: As in training, so that temperature is compared too; at most 16 tokens are generated.
         tolerance: Largest accepted difference, in nats.
@@ -48,13 +49,13 @@ class WeightSync:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        inbox: Inbox,
         probe: Prompt,
         sampling: Sampling,
         tolerance: float,
         trainer_logp: Callable[[Sequence], np.ndarray],
     ) -> None:
-        self.engine = engine
+        self.inbox = inbox
         self.probe = probe
         self.sampling = Sampling(sampling.temperature, max_new_tokens=min(16, sampling.max_new_tokens))
         self.tolerance = tolerance
@@ -62,13 +63,18 @@ class WeightSync:
         self.version: int | None = None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Send the weights as ``version`` and probe.
+        """Send the weights as ``version`` and probe; requests in flight stand still meanwhile and go on with them.
 
         Raises:
             SyncError: Names or shapes differ, the engine reports another version, or the log-probs differ.
         """
         started = time.perf_counter()
-        stats = self.engine.update_weights(named_tensors, version)
+        engine, interrupted = self.inbox.engine, self.inbox.in_flight > 0
+        if interrupted:
+            engine.pause()
+        stats = engine.update_weights(named_tensors, version)
+        if interrupted:
+            engine.resume()
         parity_error = self._probe(version)
         self.version = version
         return SyncReport(time.perf_counter() - started, stats.bytes, version, parity_error)
@@ -89,8 +95,7 @@ class WeightSync:
 
     def _generate(self, version: int) -> Completion:
         request = Request(f"probe/{version}", self.probe.token_ids, self.sampling, seed=version)
-        self.engine.submit([request])
-        (result,) = self.engine.poll()
+        result = self.inbox.fetch([request])[request.id]
         if not isinstance(result, Completion):
             raise SyncError(f"the parity probe could not be generated: {result.reason}")
         return result

@@ -18,11 +18,13 @@ from dppo_lightning.advantage import GroupMean
 from dppo_lightning.batch import Group, Prompt
 from dppo_lightning.errors import EngineError, RewardError
 from dppo_lightning.policy import load_tokenizer
-from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
+from dppo_lightning.rollout.pool import derive_seed
 from dppo_lightning.rollout.scripted import ScriptedEngine
-from dppo_lightning.rollout.stream import RolloutStream, derive_seed
+from dppo_lightning.rollout.stream import Rollout, RolloutStream
+from dppo_lightning.rollout.streaming import Schedule
 
 END = 95
 PROMPTS = [Prompt(f"train/{i}", (10 + i, 20), f"*{i}", str(i), {"level": i}) for i in range(6)]
@@ -53,6 +55,19 @@ class Spy(ScriptedEngine):
         super().submit(requests)
 
 
+def shuffled(prompts: Sequence[Prompt] = PROMPTS, seed: int = 0) -> PromptSampler:
+    sampler = Shuffled()
+    sampler.start(prompts, seed)
+    return sampler
+
+
+def take(stream: RolloutStream, step: int = 0, progress: Any = None) -> Rollout:
+    """The rollout of a step, generated with that step's weights."""
+    with stream.updating(step):
+        stream.inbox.engine.update_weights([], step)
+    return stream.next_rollout(step, progress)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_policy_dir: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(tiny_policy_dir)
@@ -60,20 +75,21 @@ def tokenizer(tiny_policy_dir: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def make_stream(tokenizer: PreTrainedTokenizerBase) -> Callable[..., RolloutStream]:
-    """A stream of six prompts, three samples each, on a started engine."""
+    """A stream of six prompts, four a rollout, three samples each, on a started engine."""
 
-    def make(engine: ScriptedEngine | None = None, **changes: Any) -> RolloutStream:
+    def make(engine: ScriptedEngine | None = None, prompts: int = 4, **changes: Any) -> RolloutStream:
         engine = engine or Spy(vocabulary=95)
         engine.start(EngineSpec("none", stop_token_ids=(END,)))
         arguments: dict[str, Any] = {
             "engine": engine,
-            "sampler": PromptSampler(PROMPTS, seed=changes.get("seed", 0)),
+            "sampler": shuffled(),
             "tokenizer": tokenizer,
             "reward": Recorder(lambda sample: float(len(set(sample.completion)))),
             "advantage": GroupMean(),
             "sampling": SAMPLING,
             "samples_per_prompt": 3,
             "seed": 0,
+            "schedule": Schedule(prompts, steps_per_rollout=1, max_steps=100),
         }
         return RolloutStream(**(arguments | changes))
 
@@ -101,8 +117,8 @@ def spelled(text: str) -> list[int]:
 
 def test_every_prompt_is_asked_as_often_as_wanted_and_nothing_is_asked_twice(make_stream: Any) -> None:
     stream = make_stream()
-    rollouts = [stream.next_rollout(4) for _ in range(2)]
-    requests = stream.engine.requests
+    rollouts = [take(stream, step) for step in range(2)]
+    requests = stream.inbox.engine.requests
     assert len({request.id for request in requests}) == len({request.seed for request in requests}) == 2 * 4 * 3
     assert all(0 <= request.seed < 2**63 for request in requests)
     assert all(request.sampling == SAMPLING for request in requests)
@@ -115,16 +131,16 @@ def test_every_prompt_is_asked_as_often_as_wanted_and_nothing_is_asked_twice(mak
 
 
 def test_a_pool_smaller_than_a_rollout_gives_a_prompt_twice_with_other_seeds(make_stream: Any) -> None:
-    stream = make_stream(sampler=PromptSampler(PROMPTS[:1], seed=0))
-    first, second = stream.next_rollout(2).groups
+    stream = make_stream(prompts=2, sampler=shuffled(PROMPTS[:1]))
+    first, second = take(stream).groups
     assert first.prompt == second.prompt
     assert [c.token_ids.tolist() for c in first.completions] != [c.token_ids.tolist() for c in second.completions]
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(make_stream: Any) -> None:
     def three(seed: int) -> list[Any]:
-        stream = make_stream(seed=seed, sampler=PromptSampler(PROMPTS, seed=0))
-        return [contents(stream.next_rollout(4).groups) for _ in range(3)]
+        stream = make_stream(seed=seed)
+        return [contents(take(stream, step).groups) for step in range(3)]
 
     assert three(1) == three(1)
     mine, other = three(1), three(2)
@@ -150,33 +166,32 @@ def test_seeds_do_not_change_between_processes() -> None:
 @settings(deadline=None)
 @given(st.permutations(range(12)))
 def test_groups_are_in_prompt_order_whatever_finishes_first(make_stream: Any, order: list[int]) -> None:
-    place = {f"train/0/{index}/{sample}": index * 3 + sample for index in range(4) for sample in range(3)}
-    at_once = make_stream(Spy(vocabulary=95)).next_rollout(4)
-    late = make_stream(Spy(vocabulary=95, delay=lambda request: 1.0 + order[place[request.id]])).next_rollout(4)
+    place = {f"train/{index}/{sample}": index * 3 + sample for index in range(4) for sample in range(3)}
+    at_once = take(make_stream(Spy(vocabulary=95)))
+    late = take(make_stream(Spy(vocabulary=95, delay=lambda request: 1.0 + order[place[request.id]])))
     assert contents(late.groups) == contents(at_once.groups)
 
 
 def test_progress_counts_up_to_what_was_asked(make_stream: Any) -> None:
     seen: list[tuple[int, int]] = []
     order = itertools.count(1)
-    make_stream(Spy(vocabulary=95, delay=lambda request: float(next(order)))).next_rollout(
-        2, lambda done, total: seen.append((done, total))
-    )
+    engine = Spy(vocabulary=95, delay=lambda request: float(next(order)))
+    take(make_stream(engine, prompts=2), progress=lambda done, total: seen.append((done, total)))
     assert sorted(seen) == seen
     assert {done for done, _ in seen} >= {1, 2, 3, 4, 5, 6}
     assert {total for _, total in seen} == {6}
 
 
 def test_failed_requests_shrink_their_group_and_are_counted(make_stream: Any) -> None:
-    drawn = PromptSampler(PROMPTS, seed=0).draw(4)
-    failures = {"train/0/1/0": "too long", **{f"train/0/2/{sample}": "too long" for sample in range(3)}}
-    rollout = make_stream(Spy(vocabulary=95, failures=failures)).next_rollout(4)
+    drawn = shuffled().draw(4)
+    failures = {"train/1/0": "too long", **{f"train/2/{sample}": "too long" for sample in range(3)}}
+    rollout = take(make_stream(Spy(vocabulary=95, failures=failures)))
     assert rollout.failed == 4
     assert [group.prompt for group in rollout.groups] == [drawn[0], drawn[1], drawn[3]]
     assert [[c.request_id for c in group.completions] for group in rollout.groups] == [
-        ["train/0/0/0", "train/0/0/1", "train/0/0/2"],
-        ["train/0/1/1", "train/0/1/2"],
-        ["train/0/3/0", "train/0/3/1", "train/0/3/2"],
+        ["train/0/0", "train/0/1", "train/0/2"],
+        ["train/1/1", "train/1/2"],
+        ["train/3/0", "train/3/1", "train/3/2"],
     ]
     for group in rollout.groups:
         assert len(group.texts) == len(group.rewards) == len(group.advantages) == len(group.completions)
@@ -184,14 +199,14 @@ def test_failed_requests_shrink_their_group_and_are_counted(make_stream: Any) ->
 
 
 def test_when_nothing_can_be_served_the_reason_is_told(make_stream: Any) -> None:
-    failures = {f"train/0/{index}/{sample}": "the moon is full" for index in range(2) for sample in range(3)}
+    failures = {f"train/{index}/{sample}": "the moon is full" for index in range(2) for sample in range(3)}
     with pytest.raises(EngineError, match="none of 6 requests: the moon is full"):
-        make_stream(Spy(vocabulary=95, failures=failures)).next_rollout(2)
+        take(make_stream(Spy(vocabulary=95, failures=failures), prompts=2))
 
 
 def test_an_engine_that_dies_half_way_is_an_error(make_stream: Any) -> None:
     with pytest.raises(EngineError, match="died"):
-        make_stream(Spy(vocabulary=95, dies_after=3)).next_rollout(2)
+        take(make_stream(Spy(vocabulary=95, dies_after=3), prompts=2))
 
 
 def test_an_engine_that_loses_a_request_is_an_error_and_no_endless_wait(make_stream: Any) -> None:
@@ -199,8 +214,8 @@ def test_an_engine_that_loses_a_request_is_an_error_and_no_endless_wait(make_str
         def submit(self, requests: Sequence[Request]) -> None:
             super().submit(requests[1:])
 
-    with pytest.raises(EngineError, match="lost 1 of 6 requests"):
-        make_stream(Forgetful(vocabulary=95)).next_rollout(2)
+    with pytest.raises(EngineError, match="lost 2 requests, 'train/0/0' among them"):
+        take(make_stream(Forgetful(vocabulary=95), prompts=2))
 
 
 def test_each_reward_belongs_to_its_completion(make_stream: Any) -> None:
@@ -213,13 +228,14 @@ def test_each_reward_belongs_to_its_completion(make_stream: Any) -> None:
     order = itertools.count(20, -1)
     reward = Recorder(lambda sample: float(sample.completion))
     engine = Spy(script=script, delay=lambda request: float(next(order)))
-    groups = make_stream(engine, reward=reward).next_rollout(4).groups
+    groups = take(make_stream(engine, reward=reward)).groups
     for group in groups:
         first = 10 * group.prompt.token_ids[0]
         assert np.asarray(group.rewards).tolist() == [first, first + 1, first + 2]
         assert np.asarray(group.advantages).tolist() == [-1, 0, 1]
         assert group.texts == [str(first), str(first + 1), str(first + 2)]
-    (samples,) = reward.calls  # one call for the whole rollout, so that a reward can work in parallel
+    samples = sorted(itertools.chain(*reward.calls), key=lambda sample: float(sample.completion))
+    groups = sorted(groups, key=lambda group: group.texts)
     assert [sample.prompt for sample in samples] == [group.prompt.text for group in groups for _ in range(3)]
     assert [sample.answer for sample in samples] == [group.prompt.answer for group in groups for _ in range(3)]
     assert [sample.columns for sample in samples] == [group.prompt.columns for group in groups for _ in range(3)]
@@ -230,7 +246,7 @@ def test_a_reward_sees_text_without_special_tokens_and_whether_it_ended(
     tokens: list[int], text: str, finished: bool, make_stream: Any
 ) -> None:
     reward = Recorder(lambda sample: 0.0)
-    make_stream(Spy(script=lambda *_: (tokens, [-1.0] * len(tokens))), reward=reward).next_rollout(1)
+    take(make_stream(Spy(script=lambda *_: (tokens, [-1.0] * len(tokens))), prompts=1, reward=reward))
     assert {(sample.completion, sample.finished) for sample in reward.calls[0]} == {(text, finished)}
 
 
@@ -240,7 +256,7 @@ def test_reward_parts_are_nan_where_they_were_not_reported(make_stream: Any) -> 
         return (0.25, Score(1.0, {"format": 0.5}), Score(2.0, {"format": 0.1, "length": 3.0}))[kind]
 
     kinds = itertools.cycle([0, 1, 2])
-    groups = make_stream(reward=Recorder(score)).next_rollout(2).groups
+    groups = take(make_stream(prompts=2, reward=Recorder(score))).groups
     for group in groups:
         assert np.asarray(group.rewards).tolist() == [0.25, 1.0, 2.0]
         assert set(group.reward_parts) == {"format", "length"}
@@ -251,7 +267,7 @@ def test_reward_parts_are_nan_where_they_were_not_reported(make_stream: Any) -> 
 
 def test_a_reward_that_is_no_number_is_refused(make_stream: Any) -> None:
     with pytest.raises(RewardError, match="Recorder"):
-        make_stream(reward=Recorder(lambda sample: float("nan"))).next_rollout(1)
+        take(make_stream(reward=Recorder(lambda sample: float("nan"))))
 
 
 def test_a_penalty_lowers_the_advantage_and_not_the_reward(make_stream: Any) -> None:
@@ -259,7 +275,7 @@ def test_a_penalty_lowers_the_advantage_and_not_the_reward(make_stream: Any) -> 
         assert all(group.rewards is not None for group in groups)
         return [np.arange(3.0) * (1 + int(group.prompt.answer or 0)) for group in groups]
 
-    groups = make_stream(reward=Recorder(lambda sample: 4.0), penalty=penalty).next_rollout(4).groups
+    groups = take(make_stream(reward=Recorder(lambda sample: 4.0), penalty=penalty)).groups
     for group in groups:
         factor = 1 + int(group.prompt.answer or 0)
         assert np.asarray(group.rewards).tolist() == [4, 4, 4]
@@ -269,10 +285,10 @@ def test_a_penalty_lowers_the_advantage_and_not_the_reward(make_stream: Any) -> 
 def test_held_out_sampling_disturbs_neither_seeds_nor_prompt_order(make_stream: Any) -> None:
     def rollouts(evaluate: bool) -> list[Any]:
         stream, found = make_stream(), []
-        for _ in range(3):
+        for step in range(3):
             if evaluate:
                 stream.sample(PROMPTS[:2], 2, Sampling(max_new_tokens=3, temperature=0), "heldout")
-            found.append(contents(stream.next_rollout(4).groups))
+            found.append(contents(take(stream, step).groups))
         return found
 
     assert rollouts(evaluate=True) == rollouts(evaluate=False)
@@ -282,19 +298,19 @@ def test_two_evaluations_of_one_policy_are_equal(make_stream: Any) -> None:
     stream = make_stream()
     texts = []
     for _ in range(2):
-        stream.next_rollout(2)
-        texts.append([group.texts for group in stream.sample(PROMPTS, 2, SAMPLING, "heldout").groups])
+        take(stream)  # at step 0 both times: the script answers by weight version
+        texts.append([group.texts for group in stream.sample(PROMPTS, 2, SAMPLING, "heldout")])
     assert texts[0] == texts[1]
 
 
 @settings(deadline=None, max_examples=20)
-@given(done=st.integers(0, 4), sizes=st.lists(st.integers(1, 5), min_size=5, max_size=5))
-def test_a_restored_stream_goes_on_as_the_first_would_have(make_stream: Any, done: int, sizes: list[int]) -> None:
-    first = make_stream()
-    for size in sizes[:done]:
-        first.next_rollout(size)
+@given(done=st.integers(0, 4), prompts=st.integers(1, 8))
+def test_a_restored_stream_goes_on_as_the_first_would_have(make_stream: Any, done: int, prompts: int) -> None:
+    first = make_stream(prompts=prompts)
+    for step in range(done):
+        take(first, step)
     state = first.state_dict()
-    rest = [contents(first.next_rollout(size).groups) for size in sizes[done:]]
-    second = make_stream()
+    rest = [contents(take(first, step).groups) for step in range(done, 5)]
+    second = make_stream(prompts=prompts)
     second.load_state_dict(state)
-    assert [contents(second.next_rollout(size).groups) for size in sizes[done:]] == rest
+    assert [contents(take(second, step).groups) for step in range(done, 5)] == rest

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dppo_lightning.batch import Prompt, Sequence
 from dppo_lightning.errors import SyncError
 from dppo_lightning.rollout.engine import EngineSpec, Request, RolloutEngine, Sampling, UpdateStats
+from dppo_lightning.rollout.inbox import Inbox
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
@@ -56,7 +57,7 @@ def logp_of(model: PreTrainedModel, temperature: float = 1.0) -> Callable[[Seque
 def make_sync(
     engine: RolloutEngine, logp: Callable[[Sequence], np.ndarray], tolerance: float = 1e-4, **sampling: Any
 ) -> WeightSync:
-    return WeightSync(engine, PROBE, Sampling(**sampling), tolerance, logp)
+    return WeightSync(Inbox(engine), PROBE, Sampling(**sampling), tolerance, logp)
 
 
 @pytest.fixture(scope="module")

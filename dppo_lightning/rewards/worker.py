@@ -1,0 +1,143 @@
+"""RewardWorker: groups are rewarded while others are still generated."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dppo_lightning.batch import Group
+from dppo_lightning.errors import RewardError
+from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+
+
+@dataclass
+class _Job:
+    group: Group
+    overlong_penalty: float
+    done: Future[float]
+
+
+class RewardWorker:
+    """Calls a reward function from one thread, so that it needs no locks.
+
+    While a call lasts, what arrives is gathered, and scored by the next call in one go. A reward that must run on the
+    main thread (``RewardFunction.main_thread``) is called at once by ``submit``. Decoding the text belongs to the work.
+
+    Args:
+        reward: What scores.
+        tokenizer: Turns token ids into the text that rewards see.
+        timeout: Seconds that one call may take, > 0.
+    """
+
+    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float) -> None:
+        self.reward = reward
+        self.tokenizer = tokenizer
+        self.timeout = timeout
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._busy_since: float | None = None
+
+    def submit(self, group: Group, overlong_penalty: float = 0.0) -> Future[float]:
+        """Fill in the group's texts, rewards and reward parts.
+
+        Args:
+            group: Not rewarded yet.
+            overlong_penalty: Subtracted from the reward of a completion that was cut by the length limit.
+
+        Returns:
+            The group's share of the call's seconds, once it is rewarded; or what the reward raised.
+        """
+        job = _Job(group, overlong_penalty, Future())
+        if self.reward.main_thread:
+            self._score([job])
+            return job.done
+        if self._thread is None:
+            # A daemon: a reward that never returns must not keep the process from ending.
+            self._thread = threading.Thread(target=self._serve, name="rewards", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+        return job.done
+
+    def wait(self, pending: list[Future[float]], timeout: float) -> None:
+        """Wait up to ``timeout`` seconds for the first of ``pending``.
+
+        Raises:
+            RewardError: The present call of the reward has taken longer than the time limit.
+        """
+        if pending and timeout > 0:
+            wait(pending, timeout, FIRST_COMPLETED)
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > self.timeout:
+            raise RewardError(
+                f"{type(self.reward).__name__} has not returned for {self.timeout:g} s: give it a time limit of its "
+                "own, or raise data.reward_timeout"
+            )
+
+    def close(self) -> None:
+        """Let the thread end once its present call returns."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def _serve(self) -> None:
+        while True:
+            jobs = [self._jobs.get()]
+            while not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            real = [job for job in jobs if job is not None]
+            if real:
+                self._score(real)
+            if len(real) < len(jobs):
+                return
+
+    def _score(self, jobs: list[_Job]) -> None:
+        self._busy_since, started = time.monotonic(), time.perf_counter()
+        try:
+            counts = [len(job.group.completions) for job in jobs]
+            scores = self.reward([sample for job in jobs for sample in self._samples(job.group)])
+            place = 0
+            for job, count in zip(jobs, counts, strict=True):
+                write_rewards(job.group, scores[place : place + count], job.overlong_penalty)
+                place += count
+        except BaseException as error:  # whatever it is, it must reach who waits for the result
+            for job in jobs:
+                job.done.set_exception(error)
+            return
+        finally:
+            self._busy_since = None
+        each = (time.perf_counter() - started) / max(len(scores), 1)
+        for job, count in zip(jobs, counts, strict=True):
+            job.done.set_result(each * count)
+
+    def _samples(self, group: Group) -> list[Sample]:
+        ids = [completion.token_ids.tolist() for completion in group.completions]
+        group.texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [
+            Sample(
+                prompt=group.prompt.text,
+                completion=text,
+                answer=group.prompt.answer,
+                columns=group.prompt.columns,
+                finished=completion.finish_reason == "stop",
+            )
+            for completion, text in zip(group.completions, group.texts, strict=True)
+        ]
+
+
+def write_rewards(group: Group, scores: list[Score], overlong_penalty: float) -> None:
+    """Fill in a group's rewards and their named parts; the penalty, where there is one, is the part "overlong"."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    parts = {name: np.array([score.parts.get(name, np.nan) for score in scores]) for name in names}
+    rewards = np.array([score.value for score in scores], np.float64)
+    if overlong_penalty:
+        cut = np.array([completion.finish_reason == "length" for completion in group.completions], np.float64)
+        parts["overlong"] = -overlong_penalty * cut
+        rewards += parts["overlong"]
+    group.reward_parts = parts
+    group.rewards = rewards
