@@ -45,7 +45,7 @@ def test_a_run_records_what_it_did(config: Config, tmp_path: Path, capsys: pytes
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = set(rows[0]) - {"epoch", "step"}
-    assert all(name in GLOSSARY or "/part/" in name for name in names)
+    assert all(name in GLOSSARY or "/part/" in name or name.startswith("staleness/") for name in names)
     staleness = [float(row["train/staleness"]) for row in rows if row["train/staleness"]]
     assert staleness == [0, 1]
     assert len([row for row in rows if row["heldout/reward"]]) == 2
