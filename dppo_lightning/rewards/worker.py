@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dppo_lightning.batch import Group
 from dppo_lightning.errors import RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+from dppo_lightning.timeline import Span, Timeline
 
 
 @dataclass
@@ -33,12 +34,16 @@ class RewardWorker:
         reward: What scores.
         tokenizer: Turns token ids into the text that rewards see.
         timeout: Seconds that one call may take, > 0.
+        timeline: Where a span is added for each call.
     """
 
-    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float) -> None:
+    def __init__(
+        self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float, timeline: Timeline
+    ) -> None:
         self.reward = reward
         self.tokenizer = tokenizer
         self.timeout = timeout
+        self.timeline = timeline
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._busy_since: float | None = None
@@ -111,7 +116,9 @@ class RewardWorker:
             return
         finally:
             self._busy_since = None
-        each = (time.perf_counter() - started) / max(len(scores), 1)
+        ended = time.perf_counter()
+        self.timeline.add(Span("reward", started, ended))
+        each = (ended - started) / max(len(scores), 1)
         for job, count in zip(jobs, counts, strict=True):
             job.done.set_result(each * count)
 

@@ -108,7 +108,7 @@ class RolloutStream:
         self.solved_at = solved_at
         self.timeline = timeline or Timeline()
         self.inbox = Inbox(engine)
-        self.worker = RewardWorker(reward, tokenizer, reward_timeout)
+        self.worker = RewardWorker(reward, tokenizer, reward_timeout, self.timeline)
         overlong = selection.overlong_penalty if selection.overlong == "penalise" else 0.0
         self.pool = GroupPool(self.inbox, self.worker, sampling, samples_per_prompt, seed, overlong, self.timeline)
         self.serial = 0  # groups begun in this run
