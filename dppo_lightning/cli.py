@@ -207,6 +207,8 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     transformers.utils.logging.disable_progress_bar()
+    # accelerate imports DeepSpeed wherever it is installed, and it says what the start table says
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 @contextmanager
