@@ -22,6 +22,9 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
+from dppo_lightning.scaling.sharding import shard, shard_frozen
+from dppo_lightning.scaling.weights import gradient_norm
+from dppo_lightning.scaling.zero import gradient_norm_of_step
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
 
@@ -133,9 +136,11 @@ class DPPOModule(pl.LightningModule):
         temperature = self.data.sampling.temperature or 1.0
         shared = self.shared_prompts
         self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing, shared)
+        shard(self.trainer.strategy, self.policy)
         if self.kl.coefficient > 0:
             reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
+            shard_frozen(self.trainer.strategy, reference)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -154,8 +159,8 @@ class DPPOModule(pl.LightningModule):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """One micro-batch of an optimizer step.
 
-        The aggregation's weights already count the whole step, so Lightning's division by the number of micro-batches
-        is undone.
+        The aggregation's weights already count the whole step over all ranks, so Lightning's division by the number of
+        micro-batches is undone, and the strategy's mean over the ranks is made their sum.
         """
         assert self.policy is not None
         hidden = self.policy.hidden_states(batch)
@@ -164,11 +169,10 @@ class DPPOModule(pl.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunCallback):
                 callback.on_tokens(self.trainer, self, batch, output)
-        return output.loss * self.trainer.accumulate_grad_batches
+        return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._pending["train/grad_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+        self._pending["train/grad_norm"] = gradient_norm(optimizer)
         self._pending["train/learning_rate"] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
@@ -178,6 +182,9 @@ class DPPOModule(pl.LightningModule):
             return
         plan = self.data.plan
         assert plan is not None
+        norm = gradient_norm_of_step(self.trainer)
+        if norm is not None:
+            self._pending["train/grad_norm"] = norm
         values = self.step_metrics.compute_and_reset() | self._pending | plan.metrics
         values["time/train"] = self._train_seconds
         values["perf/trained_tokens_per_s"] = values["train/tokens"] / self._train_seconds
