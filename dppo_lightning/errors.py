@@ -23,3 +23,7 @@ class EngineError(DPPOError, RuntimeError):
 
 class SyncError(DPPOError, RuntimeError):
     """The engine's weights are not the policy's weights: wrong names, shapes, version or log-probs."""
+
+
+class RankError(DPPOError, RuntimeError):
+    """Something went wrong on one of several ranks; the same line on all of them names the rank and the cause."""

@@ -50,6 +50,8 @@ class GeneratingTrainer(pl.Trainer):
             datamodule.prompts = JsonlPrompts(train=prompts)
             datamodule.predict_split = "train"
         batches = self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path) or []
+        if not self.is_global_zero:
+            return
         records = [record for batch in batches for record in batch]
         if not records:
             raise ConfigError(

@@ -30,6 +30,7 @@ from dppo_lightning.logits import (
     product_dtype_of,
 )
 from dppo_lightning.objective import Objective, TokenLoss
+from dppo_lightning.scaling.weights import full_copy
 from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
@@ -94,8 +95,8 @@ class PolicyHead(nn.Module):
         In the dtype of the products, [V, H]: another one would round mu otherwise than pi, and a policy that has not
         moved would have a divergence.
         """
-        self.rollout_weight = self.weight.detach().to(self.product_dtype, copy=True)
-        self.rollout_bias = None if self.bias is None else self.bias.detach().clone()
+        self.rollout_weight = full_copy(self.weight).to(self.product_dtype)
+        self.rollout_bias = None if self.bias is None else full_copy(self.bias)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
 
@@ -126,12 +127,30 @@ class StepMetrics(nn.Module):
         if value.numel() == 0:
             return
         if name not in self._metrics:
-            self._metrics[name] = kind().to(value.device)
+            self._metrics[name] = kind(sync_on_compute=False).to(value.device)
         arguments = (value, weight) if kind is MeanMetric else (value,)
         self._metrics[name].update(*arguments)
 
     def compute_and_reset(self) -> dict[str, float]:
-        """The step's values; a statistic of no token at all is left out."""
-        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        """The step's values over all ranks, collective; a statistic of no token at all is left out."""
+        values = {name: float(metric.compute()) for name, metric in _over_ranks(self._metrics).items()}
         self._metrics.clear()
         return values
+
+
+def _over_ranks(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """Every rank's metrics as one; torchmetrics would wait for ever where a rank without a token lacks some."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return metrics
+    ranks: list[dict[str, Metric]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(ranks, {name: metric.cpu() for name, metric in metrics.items()})
+    total = ranks[0]
+    for theirs in ranks[1:]:
+        for name, metric in theirs.items():
+            if name not in total:
+                total[name] = metric
+            elif isinstance(metric, MeanMetric):
+                total[name].update(metric.compute(), metric.weight)
+            else:
+                total[name].update(metric.compute())
+    return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +22,10 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
+from dppo_lightning.scaling.controller import Work
+from dppo_lightning.scaling.sharding import shard, shard_frozen
+from dppo_lightning.scaling.weights import gradient_norm
+from dppo_lightning.scaling.zero import gradient_norm_of_step
 from dppo_lightning.timeline import Span
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
@@ -99,6 +103,7 @@ class DPPOModule(pl.LightningModule):
         self._reference: list[Policy] = []  # in a list, so that it is no submodule: never trained, saved or sharded
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
+        self._synced: int | None = None  # the version that the engine has
         self._train_started = self._train_seconds = 0.0
         self._pending: dict[str, float] = {}
 
@@ -134,9 +139,11 @@ class DPPOModule(pl.LightningModule):
         temperature = self.data.sampling.temperature or 1.0
         shared = self.shared_prompts
         self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing, shared)
+        shard(self.trainer.strategy, self.policy)
         if self.kl.coefficient > 0:
             reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
+            shard_frozen(self.trainer.strategy, reference)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -151,14 +158,13 @@ class DPPOModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
         self._train_started = time.perf_counter()
-        assert self.data.stream is not None
-        self.data.stream.pump()
+        self.data.pump()
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """One micro-batch of an optimizer step.
 
-        The aggregation's weights already count the whole step, so Lightning's division by the number of micro-batches
-        is undone.
+        The aggregation's weights already count the whole step over all ranks, so Lightning's division by the number of
+        micro-batches is undone, and the strategy's mean over the ranks is made their sum.
         """
         assert self.policy is not None
         hidden = self.policy.hidden_states(batch)
@@ -167,11 +173,10 @@ class DPPOModule(pl.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunCallback):
                 callback.on_tokens(self.trainer, self, batch, output)
-        return output.loss * self.trainer.accumulate_grad_batches
+        return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._pending["train/grad_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+        self._pending["train/grad_norm"] = gradient_norm(optimizer)
         self._pending["train/learning_rate"] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
@@ -183,6 +188,9 @@ class DPPOModule(pl.LightningModule):
             return
         plan = self.data.plan
         assert plan is not None
+        norm = gradient_norm_of_step(self.trainer)
+        if norm is not None:
+            self._pending["train/grad_norm"] = norm
         values = self.step_metrics.compute_and_reset() | self._pending | plan.metrics
         values["time/train"] = self._train_seconds
         values["perf/trained_tokens_per_s"] = values["train/tokens"] / self._train_seconds
@@ -216,21 +224,27 @@ class DPPOModule(pl.LightningModule):
         Raises:
             SyncError: The engine does not hold the policy's weights afterwards.
         """
+        if self._synced != self.trainer.global_step:
+            self._sync_metrics = self.data.controller.direct(self._push)
+            self._synced = self.trainer.global_step
+        return self._sync_metrics
+
+    def _push(self) -> list[dict[str, float]]:
+        """On rank 0: one sync; its metrics, for each rank."""
+        data, version = self.data, self.trainer.global_step
         assert self.policy is not None
+        assert data.stream is not None
         if self._sync is None:
             self._sync = self._make_sync()
-        if self._sync.version != self.trainer.global_step:
-            version = self.trainer.global_step
-            stream = self.data.stream
-            assert stream is not None
-            with self.data.timeline.measure("sync", version), stream.updating(version):
-                report = self._sync.push(self.policy.named_weights(), version)
-            self._sync_metrics = {
-                "time/sync": report.seconds,
-                "sync/bytes": report.bytes,
-                "sync/parity_error": report.parity_error,
-            }
-        return self._sync_metrics
+        weights = data.controller.beside("weights", self.policy.named_weights())
+        with data.timeline.measure("sync", version), data.stream.updating(version):
+            report = self._sync.push(weights, version)
+        metrics = {
+            "time/sync": report.seconds,
+            "sync/bytes": float(report.bytes),
+            "sync/parity_error": report.parity_error,
+        }
+        return [metrics] * self.trainer.world_size
 
     def _make_sync(self) -> WeightSync:
         data = self.data
@@ -243,8 +257,7 @@ class DPPOModule(pl.LightningModule):
         return WeightSync(data.stream.inbox, probe, data.sampling, tolerance, self._logp_of_one)
 
     def _logp_of_one(self, sequence: Sequence) -> np.ndarray:
-        assert self.policy is not None
-        return self._score(self.policy, [sequence])[0]
+        return self._score("policy", [sequence])[0]
 
     def annotate(self, sequences: list[Sequence]) -> None:
         """Before a rollout's first step: what is needed of rollout time and of the reference.
@@ -255,13 +268,13 @@ class DPPOModule(pl.LightningModule):
         if needs & {"recomputed_logp", "full"}:
             self._remember_rollout(sequences, needs)
         if self._reference and sequences and sequences[0].reference_logp is None:
-            for sequence, logp in zip(sequences, self._score(self._reference[0], sequences), strict=True):
+            for sequence, logp in zip(sequences, self._score("reference", sequences), strict=True):
                 sequence.reference_logp = logp
 
     def reward_penalty(self, groups: list[Group]) -> list[np.ndarray]:
         """beta * sum over each completion's tokens of the estimated KL to the reference."""
         rows = [group.sequences() for group in groups]
-        scored = iter(self._score(self._reference[0], [sequence for mine in rows for sequence in mine]))
+        scored = iter(self._score("reference", [sequence for mine in rows for sequence in mine]))
         costs = []
         for group, mine in zip(groups, rows, strict=True):
             group.reference_logp = [next(scored) for _ in mine]  # for the metrics of training, too
@@ -274,38 +287,81 @@ class DPPOModule(pl.LightningModule):
 
     def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
         """Keep the policy of rollout time: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
+        for sequence, (hidden, logp) in zip(sequences, self._everyone("remember", needs, sequences), strict=True):
+            sequence.rollout_hidden = hidden
+            sequence.recomputed_logp = logp
+
+    def _score(self, which: Literal["policy", "reference"], sequences: list[Sequence]) -> list[np.ndarray]:
+        """Log-probs [T] of each sequence's generated tokens, in the precision of training."""
+        return self._everyone("score", which, sequences)
+
+    def _everyone(self, work: str, how: Any, sequences: list[Sequence]) -> list[Any]:
+        """On rank 0: have every rank do a no-gradient pass over its part of the sequences; a result for each of them.
+
+        Every rank gets as many micro-batches, of the size of training's: a model in shards needs all ranks in each.
+        """
+        ranks = self.trainer.world_size
+        each = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
+        each = min(each, max(1, -(-len(sequences) // ranks)))
+        parts = split_by_tokens(sequences, each * ranks, self.layout)
+        shares = [(how, parts[rank * each : (rank + 1) * each]) for rank in range(ranks)]
+        done = self.data.controller.everyone(work, shares)
+        found: dict[int, Any] = {}
+        for (_, mine), results in zip(shares, done, strict=True):
+            found |= zip((id(sequence) for part in mine for sequence in part), results, strict=True)
+        return [found[id(sequence)] for sequence in sequences]
+
+    def _score_share(self, share: tuple[str, list[list[Sequence]]]) -> list[np.ndarray]:
+        """On every rank: log-probs of each sequence of its parts."""
+        which, parts = share
+        assert self.policy is not None
+        policy = self.policy if which == "policy" else self._reference[0]
+        policy.to(self.device)
+        found: list[np.ndarray] = []
+        with self.trainer.precision_plugin.forward_context():
+            for part, batch in self._packed(parts):
+                pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
+                found += [piece.numpy() for piece in pieces]
+        return found
+
+    def _remember_share(
+        self, share: tuple[frozenset[str], list[list[Sequence]]]
+    ) -> list[tuple[Tensor | None, np.ndarray | None]]:
+        """On every rank: hidden states and log-probs of rollout time, each where it is needed."""
+        needs, parts = share
         assert self.policy is not None
         head = self.policy.head
+        found: list[tuple[Tensor | None, np.ndarray | None]] = []
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             if "full" in needs:
                 head.remember_rollout()
-            for part, batch in self._score_batches(sequences):
+            for part, batch in self._packed(parts):
                 hidden = self.policy.hidden_states(batch)
                 counts = [sequence.tokens for sequence in part]
+                states: list[Any] = [None] * len(part)
+                logps: list[Any] = [None] * len(part)
                 if "full" in needs:
                     # in the products' dtype, to which the head would round them anyway
-                    for sequence, states in zip(part, hidden.to(head.product_dtype).cpu().split(counts), strict=True):
-                        sequence.rollout_hidden = states
+                    states = list(hidden.to(head.product_dtype).cpu().split(counts))
                 if "recomputed_logp" in needs:
-                    for sequence, logp in zip(part, head(hidden, batch).cpu().split(counts), strict=True):
-                        sequence.recomputed_logp = logp.numpy()
+                    logps = [piece.numpy() for piece in head(hidden, batch).cpu().split(counts)]
+                found += zip(states, logps, strict=True)
+        return found
 
-    def _score(self, policy: Policy, sequences: list[Sequence]) -> list[np.ndarray]:
-        """Log-probs [T] of each sequence's generated tokens, in the precision of training."""
-        policy.to(self.device)
-        found: dict[int, np.ndarray] = {}
-        with self.trainer.precision_plugin.forward_context():
-            for part, batch in self._score_batches(sequences):
-                pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
-                found |= {id(sequence): piece.numpy() for sequence, piece in zip(part, pieces, strict=True)}
-        return [found[id(sequence)] for sequence in sequences]
+    def _run_through_weights(self, share: None) -> None:
+        """On the ranks beside rank 0, while it reads the weights: take part in gathering them."""
+        assert self.policy is not None
+        for _ in self.policy.named_weights():
+            pass
 
-    def _score_batches(self, sequences: list[Sequence]) -> Iterator[tuple[list[Sequence], TrainingBatch]]:
-        """The sequences as micro-batches of the size of training's."""
-        parts = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
-        for part in split_by_tokens(sequences, min(parts, max(len(sequences), 1)), self.layout):
-            if part:
-                yield part, pack(part, np.zeros(len(part)), self.layout).to(self.device)
+    @property
+    def work(self) -> dict[str, Work]:
+        """What rank 0 can ask of every rank."""
+        return {"score": self._score_share, "remember": self._remember_share, "weights": self._run_through_weights}
+
+    def _packed(self, parts: list[list[Sequence]]) -> Iterator[tuple[list[Sequence], TrainingBatch]]:
+        for part in parts:
+            yield part, pack(part, np.zeros(len(part)), self.layout).to(self.device)
 
     def on_validation_start(self) -> None:
         self._validation_started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dppo_lightning.errors import ConfigError
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
 from dppo_lightning.packing import Layout
+from dppo_lightning.scaling.weights import gathered_weights
 
 
 class Policy(nn.Module):
@@ -70,9 +72,12 @@ class Policy(nn.Module):
         """Log-probs of the generated tokens, without gradient."""
         return self.head(self.hidden_states(batch), batch)
 
-    def named_weights(self) -> list[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, once: of tied parameters the first name."""
-        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, under its Hugging Face name, once: of tied parameters the first name.
+
+        Over several ranks with shards it is collective, see scaling/weights.py.
+        """
+        return gathered_weights(self.model.named_parameters())
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:

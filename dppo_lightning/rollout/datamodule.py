@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -24,6 +27,8 @@ from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.scaling.controller import Controller
+from dppo_lightning.scaling.ranks import Ranks
 from dppo_lightning.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -140,7 +145,8 @@ class RolloutDataModule(pl.LightningDataModule):
         self.reward_timeout = reward_timeout
         self.seed = seed
         self.timeline = Timeline()
-        self.stream: RolloutStream | None = None
+        self.ranks: Ranks | None = None
+        self.stream: RolloutStream | None = None  # on rank 0
         self.plan: StepPlan | None = None
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
@@ -153,16 +159,40 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load prompts, then start the engine; everything that can be wrong without it is found before it starts."""
-        if self.stream is not None:
+        if self.ranks is not None:
             return
-        if self.trainer.world_size > 1:  # type: ignore[union-attr]
-            raise ConfigError("training on several devices is not supported yet: set trainer.devices to 1")
+        self.ranks = Ranks()
+        self.controller = Controller(self.ranks, self.module.work)
+        self.ranks.agree(fingerprint(self.module, self), "configuration")
+        error: Exception | None = None
+        try:
+            self._set_up(stage)
+        except Exception as failure:
+            error = failure
+        if self.ranks.world_size == 1 and error is not None:
+            raise error
+        self.ranks.all_ranks_ok(error)
+
+    def _set_up(self, stage: str) -> None:
+        trainer = self.trainer
+        assert trainer is not None
         if stage == "fit":
-            if self.trainer.max_steps < 1:  # type: ignore[union-attr]
+            if trainer.max_steps < 1:
                 raise ConfigError("set trainer.max_steps to the number of optimizer steps, at least 1")
             self.sampling.check_training()
             self.module.advantage.check(self.samples_per_prompt)
+            completions = self.prompts_per_step * self.samples_per_prompt
+            if completions < trainer.world_size:
+                raise ConfigError(
+                    f"{trainer.world_size} ranks share {completions} completions a step: raise data.prompts_per_step "
+                    "or data.samples_per_prompt, or use fewer ranks"
+                )
         spec = self.load_prompts(self.module.policy_name)
+        if trainer.is_global_zero:
+            self._start(spec)
+
+    def _start(self, spec: EngineSpec) -> None:
+        """On rank 0: the engine and the stream."""
         self.engine.start(spec)
         self.sampler.start(self.train_prompts, self.seed)
         self.stream = RolloutStream(
@@ -222,8 +252,13 @@ class RolloutDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         return RolloutLoader(self)
 
-    def plan_rollout(self, step: int) -> list[StepPlan]:
-        """Get the groups of the rollout that begins at ``step`` and lay its optimizer steps out."""
+    def pump(self) -> None:
+        """On rank 0: let the stream look at what has arrived."""
+        if self.stream is not None:
+            self.stream.pump()
+
+    def plan_rollout(self, step: int) -> list[list[StepPlan]]:
+        """On rank 0: get the rollout that begins at ``step`` and lay its optimizer steps out, for each rank."""
         assert self.stream is not None
         rollout = self.stream.next_rollout(step, self._progress)
         steps = rollout.window.steps
@@ -240,22 +275,35 @@ class RolloutDataModule(pl.LightningDataModule):
             )
             for index, part in enumerate(parts)
         ]
-        plans[0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
-        return plans
+        plans[0][0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
+        return [[step_plans[rank] for step_plans in plans] for rank in range(len(plans[0]))]
 
     def _trained(self, group: Group) -> list[Sequence]:
         """The sequences of a group that are trained on."""
         mask = self.selection.overlong == "mask"
         return [sequence for sequence in group.sequences() if not (mask and sequence.truncated)]
 
-    def _plan_step(self, groups: list[Group], sequences: list[Sequence], ends_rollout: bool) -> StepPlan:
+    def _plan_step(self, groups: list[Group], sequences: list[Sequence], ends_rollout: bool) -> list[StepPlan]:
+        """One optimizer step, for each rank; groups and metrics are rank 0's alone."""
         counts = np.array([sequence.tokens for sequence in sequences])
         weights = sequence_weights(self.module.aggregation, counts, self.module.constant_length)
         weight_of = {id(sequence): weight for sequence, weight in zip(sequences, weights, strict=True)}
         layout = self.module.layout
-        parts = split_by_tokens(sequences, self.trainer.accumulate_grad_batches, layout)  # type: ignore[union-attr]
+        trainer = self.trainer
+        assert trainer is not None
+        ranks, each = trainer.world_size, trainer.accumulate_grad_batches
+        parts = split_by_tokens(sequences, ranks * each, layout)
         batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part]), layout) for part in parts]
-        return StepPlan(groups, batches, ends_rollout, step_metrics(groups))
+        plans = [StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout) for rank in range(ranks)]
+        plans[0].groups, plans[0].metrics = groups, step_metrics(groups)
+        return plans
+
+    def evaluate(self, prompts: list[Prompt]) -> list[list[Group]]:
+        """On rank 0: complete and reward held-out prompts; the groups, for each rank."""
+        assert self.stream is not None
+        with self.timeline.measure("evaluate"):
+            groups = self.stream.sample(prompts, self.heldout_samples, self.sampling, "heldout")
+        return [groups] * self.ranks.world_size  # type: ignore[union-attr]
 
     def _progress(self, done: int, total: int) -> None:
         for callback in self._run_callbacks():
@@ -283,18 +331,20 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.stream is not None and "stream" in state_dict:
             self.stream.load_state_dict(state_dict["stream"])
 
-    def close(self) -> None:
-        """Stop the engine."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop the engine, and leave the other ranks; with an error they are told of it."""
         self.engine.close()
         if self.stream is not None:
             self.stream.close()
-        self.stream = None
+        ranks, self.ranks, self.stream = self.ranks, None, None
+        if ranks is not None:
+            ranks.close(error)
 
     def teardown(self, stage: str) -> None:
         self.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        self.close()
+        self.close(exception)
 
 
 class RolloutLoader:
@@ -316,7 +366,7 @@ class RolloutLoader:
         data, trainer = self.data, self.data.trainer
         assert trainer is not None
         while trainer.global_step < trainer.max_steps:
-            for plan in data.plan_rollout(trainer.global_step):
+            for plan in data.controller.direct(partial(data.plan_rollout, trainer.global_step)):
                 data.plan = plan
                 yield from plan.batches
 
@@ -336,10 +386,8 @@ class HeldOutLoader:
 
     def __iter__(self) -> Iterator[list[Group]]:
         data = self.data
-        if self.prompts and data.stream is not None:
-            with data.timeline.measure("evaluate"):
-                groups = data.stream.sample(self.prompts, data.heldout_samples, data.sampling, "heldout")
-            yield groups
+        if self.prompts:
+            yield data.controller.direct(lambda: data.evaluate(self.prompts))
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
@@ -369,6 +417,30 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "time/reward": rollout.seconds["reward"],
         **rollout.counts,
         "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
+    }
+
+
+def fingerprint(module: DPPOModule, data: RolloutDataModule) -> dict[str, Any]:
+    """What every rank must have alike: the code, and the settings that are plain values."""
+    code = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    plain = (str, int, float, bool, type(None), tuple, Streaming, Selection, Sampling)
+    trainer = data.trainer
+    assert trainer is not None
+    return {
+        "code": code.hexdigest(),
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.precision": trainer.precision,
+        "model.policy": module.policy_name,
+        "model.trust_region": module.region.describe(),
+        "model.aggregation": module.aggregation,
+        **{
+            f"data.{name}": value
+            for name, value in vars(data).items()
+            if isinstance(value, plain) and not name.startswith("_")
+        },
     }
 
 

@@ -1,0 +1,118 @@
+"""Heartbeat: a rank that has died is noticed, although the others wait for it in an operation without a time limit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore
+
+INTERVAL = 5.0
+"""Seconds between two signs of life."""
+
+
+class Heartbeat:
+    """A thread that shows that this rank is alive, and looks whether the others are.
+
+    Rank 0 keeps the signs of life in a store and watches every rank; the others watch rank 0, and read there who has
+    failed. When a rank has, the thread prints one line and ends the process: the main thread cannot be woken from a
+    collective operation. A rank that has said that it leaves is not missed.
+
+    Args:
+        rank: Of this process.
+        world_size: Number of ranks.
+        address: What ``listen`` returned on rank 0.
+        silence: Seconds without a sign of life after which a rank counts as dead.
+        interval: Seconds between two signs of life.
+    """
+
+    _listening: TCPStore | None = None  # between listen and the constructor, on rank 0
+
+    def __init__(
+        self, rank: int, world_size: int, address: tuple[str, int], silence: float = 45.0, interval: float = INTERVAL
+    ) -> None:
+        self.rank = rank
+        self.silence = silence
+        self.interval = min(interval, silence / 4)
+        self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
+        if rank == 0:
+            assert Heartbeat._listening is not None, "Heartbeat.listen comes first"
+            self._store, Heartbeat._listening = Heartbeat._listening, None
+        else:
+            host, port = address
+            self._store = TCPStore(host, port, world_size, False, timedelta(seconds=silence), wait_for_workers=False)
+        self._stopped = threading.Event()
+        self._counts: dict[int, int] = {}
+        self._heard: dict[int, float] = {}
+        self._left: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def listen(cls, world_size: int) -> tuple[str, int]:
+        """On rank 0: open the store on a free port.
+
+        Returns:
+            Host and port for the other ranks.
+        """
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        cls._listening = TCPStore(host, 0, world_size, True, wait_for_workers=False)
+        return host, cls._listening.port
+
+    def stop(self, failure: str | None = None) -> None:
+        """End the thread; ``failure`` is a line that the other ranks print before they end."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._thread.join()
+        try:
+            if failure is not None:
+                self._post(failure)
+                if self.rank == 0:  # the store ends with this process: let the others read it first
+                    time.sleep(2 * self.interval)
+            self._store.add(f"left/{self.rank}", 1)
+        except DistError:
+            pass  # rank 0 has gone, and the store with it
+
+    def _run(self) -> None:
+        lost_since: float | None = None
+        while not self._stopped.wait(self.interval):
+            try:
+                failure = self._beat()
+                lost_since = None
+            except DistError:
+                # rank 0 may have left in good order an instant ago, as this rank is about to
+                now = time.monotonic()
+                lost_since = now if lost_since is None else lost_since
+                failure = "rank 0 has died" if now - lost_since > self.silence - self.interval else None
+            if failure is not None and not self._stopped.is_set():
+                print(f"error: {failure}: rank {self.rank} ends", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _beat(self) -> str | None:
+        """Show life, look for it; the line of a rank that has failed, if any."""
+        self._store.add(f"beat/{self.rank}", 1)
+        if self._store.add("failures", 0):
+            return self._store.get("failure").decode()
+        now = time.monotonic()
+        for rank in self._watched:
+            count = self._store.add(f"beat/{rank}", 0)
+            if count != self._counts.get(rank) or rank not in self._heard:
+                self._counts[rank], self._heard[rank] = count, now
+            elif rank not in self._left and now - self._heard[rank] > self.silence:
+                if self._store.add(f"left/{rank}", 0):
+                    self._left.add(rank)
+                    continue
+                failure = f"rank {rank} has died (no sign of life for {self.silence:.0f} s)"
+                self._post(failure)
+                if self.rank == 0:
+                    time.sleep(2 * self.interval)  # the store ends with this process: let the others read it first
+                return failure
+        return None
+
+    def _post(self, failure: str) -> None:
+        self._store.set("failure", failure)
+        self._store.add("failures", 1)

@@ -1,0 +1,57 @@
+"""Checkpoints of ZeRO runs that go on with another number of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dppo_lightning.errors import DataError
+
+TAG = "checkpoint"
+"""Name that Lightning gives the one set of files in a checkpoint folder of DeepSpeed's."""
+
+
+def reshape(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write a ZeRO checkpoint as one that any number of ranks can load ("universal", one file per parameter).
+
+    Needs as much disk space again as the checkpoint has. Only the parameters, the optimizer state and what Lightning
+    saved are in it: exactly what the original holds.
+
+    Args:
+        checkpoint: Folder that a run with ZeroStrategy has saved.
+        out: Folder to write; it must not exist yet.
+
+    Returns:
+        ``out``, which is given to ``--ckpt_path``.
+
+    Raises:
+        DataError: ``checkpoint`` is no such folder, ``out`` exists, or DeepSpeed could not convert it.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if not ranks_of(checkpoint):
+        raise DataError(f"{str(checkpoint)!r} is no checkpoint of a ZeRO run: it holds no optimizer shards")
+    if out.exists():
+        raise DataError(f"{str(out)!r} exists already: name a folder to write")
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / TAG), "--output_folder", str(out / TAG)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        reason = run.stdout.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
+        raise DataError(f"deepspeed could not convert {str(checkpoint)!r}: {reason[0]}")
+    for name in ("latest", "latest_universal"):
+        (out / name).write_text(TAG)
+    return out
+
+
+def is_universal(checkpoint: str | Path) -> bool:
+    """Whether ``reshape`` has written it."""
+    return (Path(checkpoint) / "latest_universal").is_file()
+
+
+def ranks_of(checkpoint: str | Path) -> int:
+    """How many ranks have written a checkpoint of DeepSpeed's; 0 where it is none, or a universal one."""
+    return len(list((Path(checkpoint) / TAG).glob("*zero_pp_rank_*_optim_states.pt")))

@@ -1,0 +1,113 @@
+"""Whole tensors from shards: weights for the engine, and the gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+BUCKET_BYTES = 512 << 20
+"""Most bytes of weights that are whole at a time for an engine, beyond the shards; one larger tensor is a bucket."""
+
+
+def gathered_weights(
+    named_parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter whole, in the order given, one bucket at a time.
+
+    Collective where parameters are in shards: every rank has to run through it, in the same order and to its end; rank
+    0 is given the tensors, the others nothing. Parameters that are whole pass through on every rank. Stopping early
+    still takes part in the buckets that are left, so that no other rank waits for this one.
+
+    Args:
+        named_parameters: Names and parameters: plain, of ZeRO-3, or DTensors (FSDP2).
+        bucket_bytes: Most bytes gathered at a time.
+
+    Yields:
+        Name and tensor, detached; gathered ones are copies of the reader's own.
+    """
+    buckets = iter(_buckets(named_parameters, bucket_bytes))
+    try:
+        for bucket in buckets:
+            yield from _whole(bucket)
+    finally:
+        for bucket in buckets:
+            for _ in _whole(bucket):
+                pass
+
+
+def full_copy(parameter: Tensor) -> Tensor:
+    """A detached copy of the whole parameter, on every rank; collective where it is in shards."""
+    with _zero_gathered([parameter]):
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
+    """Norm of all gradients of an optimizer's parameters; collective where they are DTensors."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[list[tuple[str, Tensor]]]:
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, parameter in named:
+        added = _elements(parameter) * parameter.element_size()
+        if bucket and size + added > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += added
+    if bucket:
+        yield bucket
+
+
+def _whole(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a bucket; gathered ones on rank 0 only, copied before they are cut up again."""
+    tensors: list[tuple[str, Tensor]] = []
+    first = _is_first()
+    with _zero_gathered([parameter for _, parameter in bucket]):
+        for name, parameter in bucket:
+            if isinstance(parameter, DTensor):
+                full = parameter.full_tensor().detach()
+            elif _in_zero_shards(parameter):
+                full = parameter.detach().clone() if first else parameter
+            else:
+                tensors.append((name, parameter.detach()))
+                continue
+            if first:
+                tensors.append((name, full))
+    yield from tensors
+
+
+@contextmanager
+def _zero_gathered(parameters: list[Tensor]) -> Generator[None, None, None]:
+    """Parameters of ZeRO-3 are whole inside, on every rank; others are left as they are."""
+    sharded = [parameter for parameter in parameters if _in_zero_shards(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def _in_zero_shards(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's stage 3 has taken the parameter over."""
+    return hasattr(parameter, "ds_id")
+
+
+def _elements(parameter: Any) -> int:
+    """``numel()`` is 0 for a parameter that ZeRO-3 has cut up."""
+    return int(parameter.ds_numel) if _in_zero_shards(parameter) else int(parameter.numel())
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

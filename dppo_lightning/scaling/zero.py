@@ -1,0 +1,243 @@
+"""ZeroStrategy: DeepSpeed's ZeRO stages 1, 2 and 3, on GPUs and on CPU ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.scaling.sharding import ShardingStrategy
+from dppo_lightning.scaling.universal import is_universal, ranks_of
+
+if TYPE_CHECKING:
+    from dppo_lightning.policy import Policy
+
+Offload = Literal["none", "cpu", "nvme"]
+
+EXTENSIONS = Path("~/.cache/dppo-lightning/torch_extensions")
+"""Where DeepSpeed's compiled operations go, unless TORCH_EXTENSIONS_DIR says otherwise."""
+
+
+class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
+    """Shards of optimizer state (stage 1), of gradients too (2), of parameters too (3).
+
+    Differs from Lightning's DeepSpeedStrategy: CPU ranks are allowed; deepspeed is imported when the run starts, after
+    it has been told the accelerator; a model is loaded straight into shards; and a step's gradient is the sum over its
+    micro-batches that it is under any other strategy, not that sum divided by their number.
+
+    Args:
+        stage: What is sharded.
+        offload_optimizer: Where optimizer state lives when not on the device. "cpu" works at every stage, "nvme" at 3.
+        offload_parameters: Where parameters live when not on the device; stage 3 only.
+        nvme_path: Folder on a local disk, for offload to "nvme".
+        param_persistence_threshold: Stage 3 keeps parameters of fewer elements whole on every rank.
+        reduce_bucket_size: Gradients are reduced in pieces of this many elements.
+        allgather_bucket_size: Parameters are gathered in pieces of this many elements (stages 1 and 2).
+        prefetch_bucket_size: Elements gathered ahead of their use (stage 3).
+        max_live_parameters: Elements that may be whole at a time (stage 3).
+        timeout_minutes: Of one collective operation of training; waiting for a rollout is not one.
+
+    Raises:
+        ConfigError: deepspeed is not installed, or two settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload_optimizer: Offload = "none",
+        offload_parameters: Offload = "none",
+        nvme_path: str | None = None,
+        param_persistence_threshold: int = 100_000,
+        reduce_bucket_size: int = 200_000_000,
+        allgather_bucket_size: int = 200_000_000,
+        prefetch_bucket_size: int = 50_000_000,
+        max_live_parameters: int = 1_000_000_000,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        _check(stage, offload_optimizer, offload_parameters, nvme_path)
+        # not DeepSpeedStrategy's: it imports deepspeed, which picks its accelerator once and for all
+        DDPStrategy.__init__(self, timeout=timedelta(minutes=timeout_minutes))
+        self.stage = stage
+        self.config: dict[str, Any] = _config(
+            _zero_section(
+                stage,
+                offload_optimizer,
+                offload_parameters,
+                nvme_path,
+                {
+                    "reduce_bucket_size": reduce_bucket_size,
+                    "allgather_bucket_size": allgather_bucket_size,
+                    "stage3_param_persistence_threshold": param_persistence_threshold,
+                    "stage3_prefetch_bucket_size": prefetch_bucket_size,
+                    "stage3_max_live_parameters": max_live_parameters,
+                },
+            )
+        )
+        self.remote_device = None
+        self.load_full_weights = False
+        self.exclude_frozen_parameters = False
+        self.loss_scale = 0.0  # dynamic; this and the four below are Lightning's defaults for float16
+        self.initial_scale_power = 16
+        self.loss_scale_window = 1000
+        self.hysteresis = 2
+        self.min_loss_scale = 1
+        self._config_initialized = False
+        self._frozen_engines: list[Any] = []
+
+    def setup_environment(self) -> None:
+        """Join the process group; tell deepspeed the accelerator before it looks for one itself."""
+        assert self.parallel_devices is not None
+        if isinstance(self.accelerator, CPUAccelerator):
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS.expanduser()))
+        import deepspeed
+
+        deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+        if isinstance(self.accelerator, CPUAccelerator):
+            if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
+                raise ConfigError("deepspeed was imported for another accelerator: set DS_ACCELERATOR=cpu")
+            # of use in inference only, and a minute to compile
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.precision_plugin = ZeroPrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
+        DDPStrategy.setup_environment(self)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Start the engine.
+
+        Stage 3 learns the order in which modules are called and gathers ahead by it. How often the loss is called
+        depends on a rank's tokens, so it is kept out: ranks that disagree on the order would wait for each other.
+        """
+        super().setup(trainer)
+        assert self.lightning_module is not None
+        for child in self.lightning_module.children():
+            if next(child.parameters(), None) is None:
+                remove_module_hooks(child)
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """While a model is loaded: under stage 3 transformers cuts it into shards tensor by tensor."""
+        self._init_config_if_needed()
+        if not self.zero_stage_3:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
+
+        keep_alive = HfDeepSpeedConfig(self.config)  # transformers itself holds only a weak reference
+        yield
+        del keep_alive
+
+    def shard_frozen(self, reference: Policy) -> None:
+        """Under stage 3 the reference gets an engine of its own, without an optimizer."""
+        if not self.zero_stage_3:
+            return
+        import deepspeed
+
+        keep = {"zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "train_micro_batch_size_per_gpu"}
+        engine, *_ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index),
+            config={name: value for name, value in self.config.items() if name in keep},
+            model=reference,
+            model_parameters=[],
+            dist_init_required=False,
+        )
+        self._frozen_engines.append(engine)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the number of micro-batches; deepspeed is told not to do it again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm before clipping of the last step's gradient, or None before the first step."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint of this number of ranks, or one that ``universal.reshape`` has written.
+
+        Raises:
+            ConfigError: Another number of ranks has written it.
+        """
+        universal = is_universal(checkpoint_path)
+        self.deepspeed_engine._config.load_universal_checkpoint = universal
+        ranks = ranks_of(checkpoint_path)
+        if not universal and ranks and ranks != self.world_size:
+            raise ConfigError(
+                f"{str(checkpoint_path)!r} was written by {ranks} ranks and this run has {self.world_size}: "
+                "write it anew with dppo_lightning.scaling.universal.reshape, and resume from that"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def teardown(self) -> None:
+        self._frozen_engines.clear()
+        super().teardown()
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Leaves batches as they are: log-probs, advantages and weights of the loss stay float32."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def gradient_norm_of_step(trainer: pl.Trainer) -> float | None:
+    """The last step's gradient norm where only the strategy knows it, else None."""
+    strategy = trainer.strategy
+    return strategy.gradient_norm if isinstance(strategy, ZeroStrategy) else None
+
+
+def _check(stage: int, offload_optimizer: Offload, offload_parameters: Offload, nvme_path: str | None) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("deepspeed is not installed: pip install 'dppo-lightning[deepspeed]'")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"trainer.strategy.stage must be 1, 2 or 3, got {stage}")
+    if offload_parameters != "none" and stage != 3:
+        raise ConfigError(f"offload_parameters={offload_parameters!r} needs stage 3, got stage {stage}")
+    if offload_optimizer == "nvme" and stage != 3:
+        raise ConfigError(f"offload_optimizer='nvme' needs stage 3, got stage {stage}: use 'cpu'")
+    if "nvme" in (offload_optimizer, offload_parameters) and nvme_path is None:
+        raise ConfigError("offload to 'nvme' needs nvme_path: a folder on a local disk")
+
+
+def _zero_section(
+    stage: int, offload_optimizer: Offload, offload_parameters: Offload, nvme_path: str | None, sizes: dict[str, int]
+) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        **{name: size for name, size in sizes.items() if stage == 3 or not name.startswith("stage3_")},
+    }
+    for name, device in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
+        if device != "none":
+            section[name] = {"device": device, "pin_memory": True}
+        if device == "nvme":
+            section[name]["nvme_path"] = nvme_path
+    return section
+
+
+def _config(zero: dict[str, Any]) -> dict[str, Any]:
+    """Lightning adds precision, micro-batches per step and gradient clipping, from the trainer's settings."""
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the run's own optimizer, not one that must be compiled
+        "train_micro_batch_size_per_gpu": 1,  # used in deepspeed's own logs only
+    }

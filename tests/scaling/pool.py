@@ -1,0 +1,103 @@
+"""Ranks for tests: processes that stay, joined by gloo on the loopback, and run one job after another."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class RankPool:
+    """Some ranks; ``run`` calls a function of this package on each of them and returns what they return.
+
+    A job that fails or does not end in time fails the test and costs the pool: the next job gets new processes.
+    """
+
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self.processes: list[Any] = []
+        self.pipes: list[Any] = []
+
+    def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 120.0, **keywords: Any) -> list[Any]:
+        """Each rank's ``job(*arguments, **keywords)``."""
+        if not self.processes:
+            self._start()
+        for pipe in self.pipes:
+            pipe.send((job, arguments, keywords))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                self._show_where_they_are()
+                self.stop()
+                raise TimeoutError(f"rank {rank} has not answered in {timeout} s")
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(("died", self.processes[rank].join(10) or self.processes[rank].exitcode))
+        failures = [f"rank {rank} {kind}: {value}" for rank, (kind, value) in enumerate(results) if kind != "ok"]
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in results]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(self.size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def _show_where_they_are(self) -> None:
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.processes, self.pipes = [], []
+
+
+def _serve(pipe: Any, rank: int, size: int, port: int) -> None:
+    faulthandler.register(signal.SIGUSR1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_RUN_ID": "tests",  # tells Lightning that the processes are there already
+    }
+    import torch
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    while True:
+        try:
+            job, arguments, keywords = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("ok", job(*arguments, **keywords)))
+        except BaseException:
+            pipe.send(("failed", traceback.format_exc()))
