@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from dppo_lightning.batch import Sequence, pack
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.policy import Policy
+from dppo_lightning.scaling.controller import Controller
+from dppo_lightning.scaling.ranks import Ranks
 from dppo_lightning.trust_region import BinaryTV, Combined, FullKL, FullTV, PPOClip, TopKTV, TrustRegion
 
 LENGTHS = ((3, 6), (2, 1), (5, 9), (1, 4))  # prompt, completion
@@ -44,7 +46,8 @@ def make_module(
     module._trainer = SimpleNamespace(
         precision_plugin=precision or Precision(),
         accumulate_grad_batches=2,
-        datamodule=SimpleNamespace(steps_per_rollout=1),
+        world_size=1,
+        datamodule=SimpleNamespace(steps_per_rollout=1, controller=Controller(Ranks(), module.work)),
     )
     return module
 
