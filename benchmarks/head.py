@@ -128,12 +128,12 @@ def main() -> None:
     parser.add_argument("--measure", help="print the extra memory of one candidate in MB, and nothing else")
     parser.add_argument("--long", type=int, default=16384, help="tokens of the second memory measurement")
     args = parser.parse_args()
-    need_peers()
     torch.set_num_threads(args.threads)
     size = (args.words, args.width)
     if args.measure:
         print(memory(args.measure, args.tokens, *size))
         return
+    need_peers()
     extra = {name: in_new_process(name, args.tokens, *size) for name in ("ours", "full_logits", "trl", "ours_full_tv")}
     extra_long = in_new_process("ours", args.long, *size)
     print(machine())

@@ -29,9 +29,10 @@ import yaml
 from _arithmetic import Arithmetic
 from _common import arguments, in_turn, machine, median, need_peers, print_result, print_table, ratio
 from _gate import ROOT, Gated, steps_in_turn
+from _sequences import make_sequences
 
 from dppo_lightning import packing
-from dppo_lightning.batch import Completion, Prompt, Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.packing import Layout, worth_sharing
 from dppo_lightning.policy import Policy
@@ -42,27 +43,6 @@ SHAPES = [LONG_PROMPT, (60, 8, 26), (64, 8, 256), (16, 8, 512), (128, 2, 1024), 
 """(prompt, samples, completion), in tokens but for the samples."""
 LAYERS = 3
 PARTS = ("generate", "reward", "train", "sync", "total")
-
-
-def make_sequences(
-    prompts: int, samples: int, prompt_length: int, lengths: tuple[int, int], words: int
-) -> list[Sequence]:
-    """Groups of random ids, completion lengths uniform in ``lengths``."""
-    rng = np.random.default_rng(0)
-    sequences = []
-    for index in range(prompts):
-        prompt = Prompt(str(index), tuple(rng.integers(5, words, prompt_length).tolist()), "")
-        for _ in range(samples):
-            length = int(rng.integers(lengths[0], lengths[1] + 1))
-            completion = Completion(
-                request_id="",
-                token_ids=rng.integers(5, words, length),
-                logp=np.full(length, -10.0, np.float32),
-                finish_reason="stop",
-                versions=np.zeros(length, np.int64),
-            )
-            sequences.append(Sequence.from_completion(prompt, completion, float(rng.normal())))
-    return sequences
 
 
 class Ours:
