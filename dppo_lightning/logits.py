@@ -181,15 +181,15 @@ def unrounded_product(
     states = hidden.to(torch.bfloat16).float()
     if out is None:
         out = torch.empty(len(states), len(weight), device=states.device)
-    allowed = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added when torch loads
+    allowed, products.fp32_precision = products.fp32_precision, "bf16"
     try:
         with torch.autocast("cpu", enabled=False):
             for start in range(0, len(weight), _PIECE):
                 piece = slice(start, start + _PIECE)
                 torch.mm(states, weight[piece].to(torch.bfloat16).float().t(), out=out[:, piece])
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = allowed
+        products.fp32_precision = allowed
     return out
 
 
