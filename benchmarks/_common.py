@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +33,12 @@ def arguments(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what is counted as time")
     return parser
+
+
+def need_peers() -> None:
+    """End here, in one line, when what we are measured against is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("TRL is not installed: install the bench extra, pip install 'dppo-lightning[bench]'")
 
 
 def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, clock: str = "wall") -> Seconds:

@@ -19,7 +19,7 @@ from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
 from dppo_lightning.rollout.vllm_embedded import ENVIRONMENT, VLLMEmbedded
 
 
-def make_prompts(count: int, length: int, words: int = 40000) -> list[list[int]]:
+def make_prompts(count: int, length: int, words: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(5, words, (count, length)).tolist()
 
 
@@ -93,10 +93,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-length", type=int, default=64)
+    parser.add_argument("--words", type=int, default=40000, help="prompts are random ids from 5 to this")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--bare", action="store_true", help="be the child that runs bare vLLM")
     args = parser.parse_args()
-    prompts = make_prompts(args.prompts, args.prompt_length)
+    prompts = make_prompts(args.prompts, args.prompt_length, args.words)
     if args.bare:
         serve_bare(args.model, prompts, args.samples, args.tokens)
         return

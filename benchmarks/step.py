@@ -1,52 +1,48 @@
-"""The optimizer step's training part against TRL, and against itself without shared prompts, in one run.
+"""An optimizer step against TRL's GRPOTrainer, and against itself without shared prompts.
 
     dppo prepare smollm2 --out models/smollm2
     python benchmarks/step.py --model models/smollm2
 
-Forward, loss and backward on the same made-up sequences, full fine-tune, fp32; no generation and no optimizer. Needs
-the extra "bench". TRL is given what its trainer makes of the same groups: prompts padded on the left, completions on
-the right to the longest of the batch, and micro-batches of equal numbers of sequences.
+Full fine-tune, fp32. Three comparisons; TRL (1.16) is of the extra "bench":
+
+step    Whole steps, the same prompts and reward: ``dppo fit`` with its embedded engine and all that it records, against
+        GRPOTrainer with generation by transformers (its vLLM mode does not run on the CPU). Two processes that take
+        their steps in turn.
+trl     Forward, loss and backward on the same made-up sequences of very different lengths. TRL is given what its
+        trainer makes of them: prompts padded on the left, completions on the right to the longest of the batch.
+shared  A group whose prompt is forwarded once against one row a sample: the whole model, then three layers at several
+        shapes, with the choice that packing.py makes for each.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
-from _common import arguments, in_turn, machine, median, print_result, print_table, ratio
-from datasets import Dataset
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+import yaml
+from _arithmetic import Arithmetic
+from _common import arguments, in_turn, machine, median, need_peers, print_result, print_table, ratio
+from _gate import ROOT, Gated, steps_in_turn
+from _sequences import make_sequences
 
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack, split_by_tokens
+from dppo_lightning import packing
+from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
 from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.packing import Layout
+from dppo_lightning.packing import Layout, worth_sharing
 from dppo_lightning.policy import Policy
 from dppo_lightning.trust_region import BinaryTV
 
-
-def make_sequences(
-    prompts: int, samples: int, prompt_length: int, lengths: tuple[int, int], words: int
-) -> list[Sequence]:
-    """Groups of random ids, completion lengths uniform in ``lengths``."""
-    rng = np.random.default_rng(0)
-    sequences = []
-    for index in range(prompts):
-        prompt = Prompt(str(index), tuple(rng.integers(5, words, prompt_length).tolist()), "")
-        for _ in range(samples):
-            length = int(rng.integers(lengths[0], lengths[1] + 1))
-            completion = Completion(
-                request_id="",
-                token_ids=rng.integers(5, words, length),
-                logp=np.full(length, -10.0, np.float32),
-                finish_reason="stop",
-                versions=np.zeros(length, np.int64),
-            )
-            sequences.append(Sequence.from_completion(prompt, completion, float(rng.normal())))
-    return sequences
+LONG_PROMPT = (256, 8, 64)
+SHAPES = [LONG_PROMPT, (60, 8, 26), (64, 8, 256), (16, 8, 512), (128, 2, 1024), (64, 8, 1024)]
+"""(prompt, samples, completion), in tokens but for the samples."""
+LAYERS = 3
+PARTS = ("generate", "reward", "train", "sync", "total")
 
 
 class Ours:
@@ -63,95 +59,142 @@ class Ours:
             self.policy.head(self.policy.hidden_states(batch), batch, self.objective).loss.backward()
 
 
-class TRL:
-    """TRL's loss on the same sequences."""
+class Backbone:
+    """Forward and backward of the layers alone."""
 
-    def __init__(self, folder: str, sequences: list[Sequence], parts: int) -> None:
-        config = GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            beta=0.0,
-            per_device_train_batch_size=len(sequences) // parts,
-            num_generations=len(sequences) // parts,
-            gradient_checkpointing=False,
-            report_to=[],
-        )
-        self.trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            reward_funcs=lambda completions, **_: [0.0] * len(completions),
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": ["a"]}),
-            processing_class=AutoTokenizer.from_pretrained(folder),
-        )
-        self.trainer.current_gradient_accumulation_steps = parts
-        self.model = self.trainer.model.train()
-        size = len(sequences) // parts
-        whole = _padded(sequences)
-        self.batches = [
-            {name: value[start : start + size] for name, value in whole.items()}
-            for start in range(0, len(sequences), size)
-        ]
+    def __init__(self, policy: Policy, batch: TrainingBatch) -> None:
+        self.policy, self.batch = policy, batch
 
     def __call__(self) -> None:
-        self.model.zero_grad()
-        for batch in self.batches:
-            inputs = batch | {"num_items_in_batch": batch["completion_mask"].sum()}
-            self.trainer._compute_loss(self.model, inputs).backward()
+        self.policy.zero_grad()
+        self.policy.hidden_states(self.batch).sum().backward()
 
 
-def _padded(sequences: list[Sequence]) -> dict[str, Tensor]:
-    prompts = [sequence.token_ids[: sequence.generated[0]] for sequence in sequences]
-    completions = [sequence.token_ids[sequence.generated] for sequence in sequences]
-    wide, long = max(map(len, prompts)), max(map(len, completions))
-    columns = {
-        "prompt_ids": [np.pad(ids, (wide - len(ids), 0)) for ids in prompts],
-        "prompt_mask": [np.pad(np.ones(len(ids), np.int64), (wide - len(ids), 0)) for ids in prompts],
-        "completion_ids": [np.pad(ids, (0, long - len(ids))) for ids in completions],
-        "completion_mask": [np.pad(np.ones(len(ids), np.int64), (0, long - len(ids))) for ids in completions],
-        "old_per_token_logps": [np.full(long, -10.0, np.float32)] * len(sequences),
+def whole_step(args: argparse.Namespace) -> dict[str, object]:
+    """Whole steps in turn; a table of their parts."""
+    work = Arithmetic(
+        str(Path(args.model).resolve()), args.prompts, args.samples, args.tokens, args.parts, args.rounds + 1
+    )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(work.config(str(Path(folder) / "run"))))
+        commands = {
+            "ours": ["-m", "dppo_lightning", "fit", "--config", str(recipe)],
+            "TRL": [str(ROOT / "benchmarks" / "_trl.py"), json.dumps(vars(work))],
+        }
+        children = []
+        for name, command in commands.items():
+            children.append(Gated(name, command, args.threads))
+            stack.callback(children[-1].close)
+        reports = steps_in_turn(children, args.rounds)
+    seconds = {f"{who} {part}": [r[part] for r in reports[who]] for who in reports for part in PARTS}
+    tokens = {who: float(np.median([r["tokens"] for r in reports[who]])) for who in reports}
+    print(
+        f"\n{args.prompts} prompts x {args.samples} completions of at most {args.tokens} tokens, "
+        f"median of {args.rounds} steps"
+    )
+    rows = []
+    for who in reports:
+        rows.append([who, *(f"{median(seconds, f'{who} {part}'):.2f}" for part in PARTS), f"{tokens[who]:.0f}"])
+    print_table(["seconds", *PARTS, "generated tokens"], rows)
+    return {"step_vs_trl": ratio(seconds, "ours total", "TRL total")}
+
+
+def against_trl(args: argparse.Namespace) -> dict[str, object]:
+    """The training part on sequences of very different lengths."""
+    from _trl import TrainPart
+
+    policy = Policy(args.model)
+    shortest, longest = args.lengths
+    mixed = make_sequences(args.groups, 4, 60, (shortest, longest), policy.head.weight.shape[0])
+    candidates = {
+        "ours": Ours(policy, mixed, args.parts, policy.layout),
+        "TRL": TrainPart(args.model, mixed, args.parts),
     }
-    tensors = {name: torch.from_numpy(np.stack(rows)) for name, rows in columns.items()}
-    return tensors | {"advantages": torch.tensor([sequence.advantage for sequence in sequences])}
+    seconds = in_turn(candidates, args.rounds, args.clock)
+    tokens = sum(sequence.tokens for sequence in mixed)
+    print(
+        f"\ntraining part, {len(mixed)} completions of {shortest} to {longest} tokens, median of {args.rounds} rounds"
+    )
+    rows = [[n, f"{median(seconds, n):.2f}", f"{tokens / median(seconds, n):.0f}"] for n in candidates]
+    print_table(["", "seconds", "generated tokens/s"], rows)
+    return {"train_tokens_per_s_vs_trl": ratio(seconds, "TRL", "ours")}
+
+
+def shared_prompts(args: argparse.Namespace) -> dict[str, object]:
+    """A group's prompt once or for every sample: the whole model at one shape, a few layers at all."""
+    policy = Policy(args.model)
+    words = policy.head.weight.shape[0]
+    prompt, samples, length = args.shapes[0]
+    group = make_sequences(1, samples, prompt, (length, length), words)
+    candidates = {"rows": Ours(policy, group, 1, "rows"), "packed": Ours(policy, group, 1, "packed")}
+    seconds = in_turn(candidates, args.rounds, args.clock)
+    print(f"\n{prompt} + {samples} x {length}, whole model, median of {args.rounds} rounds")
+    rows = [[n, f"{median(seconds, n):.2f}", f"{samples * length / median(seconds, n):.0f}"] for n in candidates]
+    print_table(["", "seconds", "generated tokens/s"], rows)
+    result = ratio(seconds, "rows", "packed")
+
+    backbone = getattr(policy.model, policy.model.base_model_prefix)
+    backbone.layers = backbone.layers[:LAYERS]
+    faster, table = {}, []
+    for prompt, samples, length in args.shapes:
+        name = f"{prompt} + {samples} x {length}"
+        group = make_sequences(1, samples, prompt, (length, length), words)
+        weights = np.full(samples, 1 / samples)
+        runs = {"rows": Backbone(policy, pack(group, weights, "rows"))}
+        for way, cheap in (("once", 1e12), ("apart", 1e-12)):
+            with as_if_masked(cheap):
+                runs[way] = Backbone(policy, pack(group, weights, "packed"))
+        seconds = in_turn(runs, args.rounds, args.clock)
+        faster[name] = {way: ratio(seconds, "rows", way) for way in ("once", "apart")}
+        chosen = "once" if worth_sharing(prompt, [length - 1] * samples) else "apart"
+        cells = [f"{median(seconds, 'rows'):.3f}", *(f"{faster[name][way]:.2f}" for way in ("once", "apart"))]
+        table.append([name, *cells, chosen])
+    print(f"\n{LAYERS} layers without the head; how many times as fast as rows")
+    print_table(["prompt + samples x completion", "rows, seconds", "prompt once", "packed apart", "chosen"], table)
+    return {
+        "shared_prompt_speedup": result,
+        "shared_prompt_speedups": {name: float(f"{ways['once']:.3g}") for name, ways in faster.items()},
+    }
+
+
+@contextmanager
+def as_if_masked(cheap: float) -> Iterator[None]:
+    """Let the rule of packing.py take a mask for so cheap: then it shares every prompt, or none."""
+    measured, packing.MASKED = packing.MASKED, cheap
+    try:
+        yield
+    finally:
+        packing.MASKED = measured
+
+
+COMPARISONS = {"step": whole_step, "trl": against_trl, "shared": shared_prompts}
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", rounds=3)
+    parser = arguments(__doc__ or "")
     parser.add_argument("--model", default="models/smollm2")
-    parser.add_argument("--only", choices=["trl", "shared"], help="one of the two comparisons")
+    parser.add_argument("--only", choices=list(COMPARISONS), help="one of the comparisons")
+    parser.add_argument("--prompts", type=int, default=8, help="of a whole step")
+    parser.add_argument("--samples", type=int, default=8, help="completions of each")
+    parser.add_argument("--tokens", type=int, default=32, help="longest completion of a whole step")
+    parser.add_argument("--parts", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--groups", type=int, default=2, help="groups of 4 completions, training part against TRL")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[16, 512], help="of their completions")
+    parser.add_argument("--small", action="store_true", help="tiny sizes and one round, to see that it works")
     args = parser.parse_args()
+    args.shapes = SHAPES
+    if args.small:
+        args.rounds, args.prompts, args.samples, args.tokens, args.parts = 1, 2, 2, 4, 2
+        args.groups, args.lengths, args.shapes = 1, [4, 16], [(16, 2, 4), (8, 2, 40)]
+    chosen = [args.only] if args.only else list(COMPARISONS)
+    if set(chosen) & {"step", "trl"}:
+        need_peers()
     torch.set_num_threads(args.threads)
     print(machine())
-    policy = Policy(args.model)
-    words = policy.head.weight.shape[0]
-    candidates: dict[str, Callable[[], object]] = {}
-    pairs: dict[str, tuple[str, str]] = {}
-    tokens: dict[str, int] = {}
-
-    if args.only != "trl":
-        for prompt, samples, length in [(256, 8, 64), (60, 8, 26), (64, 8, 256)]:
-            name = f"{prompt} + {samples} x {length}"
-            group = make_sequences(1, samples, prompt, (length, length), words)
-            candidates[f"{name}, packed"] = Ours(policy, group, 1, "packed")
-            candidates[f"{name}, rows"] = Ours(policy, group, 1, "rows")
-            pairs[name] = (f"{name}, rows", f"{name}, packed")
-            tokens |= dict.fromkeys(pairs[name], samples * length)
-    if args.only != "shared":
-        mixed = make_sequences(4, 4, 60, (16, 512), words)
-        candidates["16..512, ours"] = Ours(policy, mixed, 4, policy.layout)
-        candidates["16..512, TRL"] = TRL(args.model, mixed, 4)
-        pairs["trl"] = ("16..512, TRL", "16..512, ours")
-        tokens |= dict.fromkeys(pairs["trl"], sum(sequence.tokens for sequence in mixed))
-
-    seconds = in_turn(candidates, args.rounds, args.clock)
-    rows = [[n, f"{median(seconds, n):.2f}", f"{tokens[n] / median(seconds, n):.0f}"] for n in candidates]
-    print_table(["prompt + samples x completion", "seconds", "generated tokens/s"], rows)
-    faster = {name: ratio(seconds, slow, quick) for name, (slow, quick) in pairs.items()}
     result: dict[str, object] = {}
-    if "trl" in faster:
-        result["train_tokens_per_s_vs_trl"] = faster.pop("trl")
-    if faster:
-        result |= {"shared_prompt_speedup": faster["256 + 8 x 64"], "shared_prompt_speedups": faster}
+    for name in chosen:
+        result |= COMPARISONS[name](args)
     print_result(result)
 
 

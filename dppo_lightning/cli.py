@@ -27,11 +27,13 @@ from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.curves import Curves
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.callbacks.mask_audit import MaskAudit
+from dppo_lightning.callbacks.profile import Profile
 from dppo_lightning.callbacks.progress import RunProgressBar
 from dppo_lightning.callbacks.run_record import RunRecord, check_unused, discard_unless_begun
 from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.callbacks.timeline_log import TimelineLog
+from dppo_lightning.callbacks.utilisation import Utilisation
 from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.module import DPPOModule
@@ -104,6 +106,7 @@ class DPPOCommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
+        parser.add_argument("--profile", type=int, default=0, help="Optimizer steps to trace, after two; 0: none.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_last": "link"})
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -137,7 +140,8 @@ class DPPOCommandLine(LightningCLI):
         standard = standard_callbacks()
         if config.get("enable_progress_bar") is False:
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
-        callbacks = [*(config.get("callbacks") or []), *standard]
+        traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
+        callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
 
@@ -149,6 +153,7 @@ def standard_callbacks() -> list[pl.Callback]:
         CompletionLog(),
         MaskAudit(),
         TimelineLog(),
+        Utilisation(),
         RunProgressBar(),
         Summary(),
         Curves(),

@@ -28,6 +28,7 @@ from dppo_lightning.logits import (
     logit_gradient_,
     normalise_,
     product_dtype_of,
+    unrounded_product,
 )
 from dppo_lightning.objective import Objective, TokenLoss
 from dppo_lightning.scaling.weights import full_copy
@@ -46,7 +47,7 @@ class HeadOutput:
         surrogate_loss: [N] the region's own part of it.
         keep: [N] False where the region stopped the update.
         divergence: [N] or None.
-        entropy: [N] in nats.
+        entropy: [N] in nats, or None where nothing asked for it.
         kl: [N] to the reference, or None.
         diagnostics: name -> [N], divergences asked for beside the region's own.
     """
@@ -57,7 +58,7 @@ class HeadOutput:
     surrogate_loss: Float[Tensor, " N"]
     keep: Bool[Tensor, " N"]
     divergence: Float[Tensor, " N"] | None
-    entropy: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"] | None
     kl: Float[Tensor, " N"] | None
     diagnostics: Mapping[str, Float[Tensor, " N"]]
 
@@ -104,10 +105,12 @@ class PolicyHead(nn.Module):
         batch: TrainingBatch,
         objective: Objective | None = None,
         diagnostics: Mapping[str, DivergenceMask] | None = None,
+        entropy: bool = True,
     ) -> HeadOutput | Float[Tensor, " N"]:
         """Loss and statistics under ``objective``; with no objective only the log-probs, [N] without gradient.
 
-        No token at all gives a zero loss that is still connected to the graph, and asks nothing of the region.
+        No token at all gives a zero loss that is still connected to the graph, and asks nothing of the region. Entropy
+        costs two passes over each chunk: without ``entropy`` it is computed only for a region or a bonus that needs it.
 
         Raises:
             TokenStatsError: A statistic that the region or a diagnostic needs is missing or not finite.
@@ -115,7 +118,7 @@ class PolicyHead(nn.Module):
         if objective is None:
             with torch.no_grad():
                 return self._logp(hidden, batch)
-        work = _Work(self, batch, objective, diagnostics or {})
+        work = _Work(self, batch, objective, diagnostics or {}, entropy)
         loss = _GradientInForward.apply(hidden, self.weight, self.bias, work)
         return work.output(loss)
 
@@ -150,14 +153,20 @@ class PolicyHead(nn.Module):
         bias: Float[Tensor, " V"] | None,
         tables: Tables | None = None,
     ) -> Float[Tensor, "n V"]:
-        """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's."""
+        """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's.
+
+        On the CPU a bf16 product is not rounded to bf16: rounded logits put the entropy of a token off by 3e-3 nats.
+        """
         dtype, n = product_dtype_of(weight), len(hidden)
-        room = None if tables is None else tables.product[:n]
-        product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
+        if dtype == torch.bfloat16 and hidden.device.type == "cpu":
+            product = unrounded_product(hidden, weight, None if tables is None else tables.logits[:n])
+        else:
+            room = None if tables is None else tables.product[:n]
+            product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
+            if tables is not None and dtype != torch.float32:
+                product = tables.logits[:n].copy_(product)
         if bias is not None:
             product += bias.to(dtype)
-        if tables is not None and dtype != torch.float32:
-            product = tables.logits[:n].copy_(product)
         return self.transform.apply_(product.float())
 
 
@@ -170,12 +179,14 @@ class _Work:
         batch: TrainingBatch,
         objective: Objective,
         diagnostics: Mapping[str, DivergenceMask],
+        entropy: bool,
     ) -> None:
         self.head = head
         self.batch = batch
         self.objective = objective
         self.diagnostics = diagnostics
         self.needs = objective.region.needs.union(*(region.needs for region in diagnostics.values()))
+        self.wants_entropy = entropy or "entropy" in self.needs or objective.entropy_coefficient > 0
         self.collected: dict[str, list[Tensor]] = {}
         self.tables: Tables | None = None
         self.rollout_tables: Tables | None = None
@@ -253,7 +264,7 @@ class _Work:
             recomputed_logp=_rows(batch.recomputed_logp, rows),
             topk_logp=topk_logp,
             rollout_topk_logp=rollout_topk,
-            entropy=entropy_of(normalised, probabilities, self.room),
+            entropy=entropy_of(normalised, probabilities, self.room) if self.wants_entropy else None,
             sequence=batch.sequence[rows],
             position=batch.position[rows],
         )
@@ -333,7 +344,7 @@ class _Work:
             surrogate_loss=joined.get("surrogate_loss", none),
             keep=joined.get("keep", none.bool()),
             divergence=joined.get("divergence"),
-            entropy=joined.get("entropy", none),
+            entropy=joined.get("entropy", none) if self.wants_entropy else None,
             kl=joined.get("kl"),
             diagnostics={name: joined.get(f"diagnostics/{name}", none) for name in self.diagnostics},
         )

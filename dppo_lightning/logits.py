@@ -169,5 +169,29 @@ def product_dtype_of(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def unrounded_product(
+    hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "n V"] | None = None
+) -> Float[Tensor, "n V"]:
+    """hidden @ weight.T of bf16 numbers, multiplied as bf16, summed and returned in float32; on the CPU.
+
+    ``torch.mm`` of bf16 tensors rounds its result to bf16, and its ``out_dtype`` is for GPUs. But a float32 product
+    that may be computed in bf16 rounds its arguments, which bf16 numbers survive, and nothing else. A piece of the
+    vocabulary at a time, so that there is no float32 copy of the weight.
+    """
+    states = hidden.to(torch.bfloat16).float()
+    if out is None:
+        out = torch.empty(len(states), len(weight), device=states.device)
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added when torch loads
+    allowed, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(weight), _PIECE):
+                piece = slice(start, start + _PIECE)
+                torch.mm(states, weight[piece].to(torch.bfloat16).float().t(), out=out[:, piece])
+    finally:
+        products.fp32_precision = allowed
+    return out
+
+
 def gather(table: Float[Tensor, "n V"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     return table.gather(1, ids[:, None]).squeeze(1)

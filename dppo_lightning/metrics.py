@@ -38,9 +38,11 @@ GLOSSARY: dict[str, str] = {
     "train/learning_rate": "learning rate of the step",
     "train/tokens": "generated tokens trained on in the step",
     "perf/padding_waste": "share of the forward pass's positions that are padding",
+    "perf/packed": "1 where the step's sequences were packed in one row, 0 where they were padded rows",
     "perf/shared_prompt_share": "share of the sequences' ids that a prompt forwarded once for its completions spares",
     "perf/generated_tokens_per_s": "generated tokens per second of generation",
     "perf/trained_tokens_per_s": "generated tokens per second of training",
+    "perf/flops_utilisation": "model FLOPs of the step per second of training, over the speed of a bare matrix product",
     "stream/ready": "groups that were complete when the trainer asked for the rollout",
     "stream/in_flight": "requests in flight when the rollout was taken",
     "stream/without_signal": "groups left out of the rollout because their rewards are all equal (resampling)",
@@ -94,6 +96,7 @@ class StepMetrics(nn.Module):
             return
         ids = batch.real_tokens + batch.saved_tokens
         self._add("perf/shared_prompt_share", MeanMetric, torch.tensor(batch.saved_tokens / ids), ids)
+        self._add("perf/packed", MeanMetric, torch.tensor(float(batch.segments is not None)), rows)
         log_ratio = output.logp - batch.rollout_logp
         ratio = log_ratio.exp()
         shift = output.logp.exp() - batch.rollout_logp.exp()
@@ -107,7 +110,8 @@ class StepMetrics(nn.Module):
         self._add("train/mismatch_tv", MeanMetric, shift.abs())
         self._add("train/mismatch_kl", MeanMetric, ratio - 1 - log_ratio)
         self._add("train/ratio_max", MaxMetric, ratio)
-        self._add("train/entropy", MeanMetric, output.entropy)
+        if output.entropy is not None:
+            self._add("train/entropy", MeanMetric, output.entropy)
         age = step - batch.version
         self._add("train/staleness", MeanMetric, age.float())
         self._add("train/staleness_max", MaxMetric, age.float())

@@ -196,6 +196,9 @@ class DPPOModule(pl.LightningModule):
         values["perf/trained_tokens_per_s"] = values["train/tokens"] / self._train_seconds
         if plan.ends_rollout:
             values |= self.ensure_synced()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunCallback):
+                callback.on_step_values(self.trainer, self, values)
         self.log_step(values)
         self._train_seconds = 0.0
         self._pending.clear()

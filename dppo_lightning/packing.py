@@ -3,14 +3,15 @@
 Two layouts. "rows" is one row a sequence, padded on the right: any causal model runs it, and nothing real sees padding.
 "packed" is a single row without padding, in which sequences that begin alike have their beginning once (a group's
 prompt is forwarded once, P + G R tokens instead of G (P + R)); it needs attention that knows the segments, see
-attention.py. Packed was the faster at every shape measured (docs/performance.md), so there is no rule by shape beyond
-the shortest beginning worth a segment of its own.
+attention.py. Whether a beginning is there once is decided by shape, see ``worth_sharing``; where it is not, every
+sequence is a causal segment of its own, which costs what a row costs without its padding.
 
 In both, ids after the last position that predicts a generated token are left out: nothing depends on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,23 @@ Layout = Literal["rows", "packed"]
 
 SHORTEST_SHARED = 8
 """Beginnings shorter than this many tokens are not shared: a segment costs a call of the kernel in every layer."""
+
+MASKED = 9000
+"""A completion of R tokens that continues a shared beginning costs as much as R^2 / 9000 tokens more, in the attention:
+its mask keeps the kernel from leaving out the half of R x R that causality forbids. Measured on SmolLM2 (width 576) on
+the CPU, benchmarks/step.py --only shared: 32 + 2 x 1024 tokens shared take 0.91 of the speed of rows, 16 + 8 x 512 the
+same time, 64 + 8 x 256 run 1.2 times as fast. A wider model spends more on each token and less, by comparison, on
+attention, so for it the rule is cautious."""
+
+
+def worth_sharing(beginning: int, lengths: Iterable[int]) -> bool:
+    """Whether a beginning of so many tokens is to be there once for continuations of these lengths: the measured rule.
+
+    The tokens that are spared against those that the mask costs.
+    """
+    continued = list(lengths)
+    spared = beginning * (len(continued) - 1)
+    return beginning >= SHORTEST_SHARED and spared > sum(length**2 for length in continued) / MASKED
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ def _in_one_row(sequences: list[Sequence]) -> LaidOut:
 
     for members in _alike(sequences):
         beginning = int(sequences[members[0]].generated[0])
-        if len(members) == 1 or beginning < SHORTEST_SHARED:
+        if not worth_sharing(beginning, _continued(sequences, members)):
             for index in members:
                 sequence = sequences[index]
                 whole = add(sequence.token_ids[: _length(sequence)], 0)
@@ -124,7 +142,9 @@ def split_by_tokens(sequences: list[Sequence], parts: int, layout: Layout = "row
         for members in _alike(sequences):
             beginning = int(sequences[members[0]].generated[0])
             order += members
-            costs += [_length(sequences[index]) - beginning * (1 - 1 / len(members)) for index in members]
+            once = worth_sharing(beginning, _continued(sequences, members))
+            spared = beginning * (1 - 1 / len(members)) if once else 0.0
+            costs += [_length(sequences[index]) - spared for index in members]
     middles = np.cumsum(costs) - np.array(costs) / 2
     owners = np.minimum(middles / max(sum(costs), 1) * parts, parts - 1).astype(int)
     split: list[list[Sequence]] = [[] for _ in range(parts)]
@@ -136,6 +156,11 @@ def split_by_tokens(sequences: list[Sequence], parts: int, layout: Layout = "row
 def _length(sequence: Sequence) -> int:
     """Number of ids that something depends on: up to the last position that predicts a generated token."""
     return int(sequence.generated[-1])
+
+
+def _continued(sequences: list[Sequence], members: list[int]) -> list[int]:
+    """Lengths of what the members add to the beginning that they share."""
+    return [_length(sequences[index]) - int(sequences[index].generated[0]) for index in members]
 
 
 def _alike(sequences: list[Sequence]) -> list[list[int]]:

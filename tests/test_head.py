@@ -171,6 +171,32 @@ def test_bf16_products_leave_statistics_in_fp32() -> None:
     assert head.weight.grad.dtype == torch.bfloat16
 
 
+def test_logits_of_bf16_products_are_not_rounded_to_bf16() -> None:
+    """Logits of order 10, where rounded ones would put a token's entropy off by 1e-3 and more."""
+    batch, head = make_batch(), make_head(8)
+    head.weight.data = torch.randn(VOCABULARY, WIDTH).bfloat16()
+    hidden = torch.randn(TOKENS, WIDTH).bfloat16()
+    table = (hidden.float() @ head.weight.detach().float().t()).log_softmax(-1)
+    entropy = -(table.exp() * table).sum(dim=-1)
+    logp = table[torch.arange(TOKENS), batch.targets]
+    output = head(hidden.requires_grad_(), batch, OBJECTIVES["binary_tv"])
+    torch.testing.assert_close(output.entropy, entropy, rtol=0, atol=1e-4)
+    torch.testing.assert_close(output.logp, logp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(head(hidden, batch), logp, rtol=0, atol=1e-4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # as it was
+
+
+def test_entropy_is_computed_when_asked_for_or_needed() -> None:
+    batch, head, hidden = make_batch(), make_head(8), torch.randn(TOKENS, WIDTH)
+    asked = head(hidden, batch, OBJECTIVES["binary_tv"])
+    spared = head(hidden, batch, OBJECTIVES["binary_tv"], entropy=False)
+    needed = head(hidden, batch, OBJECTIVES["entropy"], entropy=False)
+    assert spared.entropy is None
+    assert torch.equal(spared.logp, asked.logp)
+    assert torch.equal(needed.entropy, asked.entropy)
+    assert head(hidden, batch, OBJECTIVES["sequence"], entropy=False).entropy is not None  # has an entropy bonus
+
+
 def test_under_autocast_products_are_bf16_and_gradients_keep_the_parameters_dtype() -> None:
     batch, head = make_batch(), make_head(8)
     hidden = torch.randn(TOKENS, WIDTH)

@@ -69,6 +69,7 @@ def whole_step(micro_batches: list[tuple[TrainingBatch, HeadOutput]]) -> dict[st
     counted = [b for b, _ in micro_batches if b.tokens]
     spared, forwarded = sum(b.saved_tokens for b in counted), sum(b.real_tokens for b in counted)
     values |= {
+        "perf/packed": 0.0,  # these micro-batches are rows
         "perf/shared_prompt_share": spared / (spared + forwarded),
         "train/surrogate": -output("surrogate_loss").mean(),
         "train/masked_share": masked.mean(),

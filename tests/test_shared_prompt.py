@@ -24,6 +24,7 @@ from transformers import (
 from dppo_lightning.attention import Segment, SegmentLayout, supports_segments
 from dppo_lightning.batch import Completion, Prompt, Sequence, pack
 from dppo_lightning.objective import Objective, ReferenceKL
+from dppo_lightning.packing import lay_out, split_by_tokens, worth_sharing
 from dppo_lightning.policy import Policy
 from dppo_lightning.trust_region import BinaryTV
 
@@ -190,3 +191,27 @@ def test_segments_of_unlike_length_are_not_padded_to_each_other() -> None:
     prompt = Segment(0, 300)
     layout = SegmentLayout.of([prompt, *(Segment(300 + 20 * i, 20, prompt) for i in range(4))])
     assert sorted(tuple(block.own.shape) for block in layout.blocks) == [(1, 300), (4, 20)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "samples", "length", "worth"),
+    [(256, 8, 64, True), (60, 8, 26, True), (64, 8, 256, True), (32, 2, 1024, False), (64, 8, 1024, False)],
+)
+def test_a_prompt_is_shared_at_the_shapes_where_that_was_measured_to_be_faster(
+    prompt: int, samples: int, length: int, worth: bool
+) -> None:
+    assert worth_sharing(prompt, [length] * samples) is worth
+    sequences = make_sequences([(prompt, [length] * samples)])
+    laid = lay_out(sequences, "packed")
+    assert laid.saved_tokens == (prompt * (samples - 1) if worth else 0)
+    assert laid.real_tokens == samples * (prompt + length - 1) - laid.saved_tokens
+
+
+def test_one_sequence_and_a_short_beginning_share_nothing() -> None:
+    assert not worth_sharing(1000, [5])
+    assert not worth_sharing(7, [5] * 64)
+
+
+def test_splitting_counts_a_prompt_that_is_not_shared_for_every_sequence() -> None:
+    sequences = make_sequences([(64, [1024] * 4), (64, [1024] * 2)])
+    assert [len(part) for part in split_by_tokens(sequences, 3, "packed")] == [2, 2, 2]

@@ -25,5 +25,11 @@ class RunCallback(pl.Callback):
         It runs in the training loop: work on the tensors, without a loop over tokens.
         """
 
+    def on_step_values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float]) -> None:
+        """Called when an optimizer step is over, with what is about to be logged of it: add what you have to say.
+
+        A name must be in metrics.GLOSSARY.
+        """
+
     def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
         """Called with the rewarded completions of every held-out evaluation."""

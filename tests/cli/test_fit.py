@@ -161,3 +161,12 @@ def test_generate_writes_completions_with_scores(config: Config, tmp_path: Path)
         assert row["reward"] == float(any(c.isdigit() for c in row["completion"]))
         assert 1 <= row["tokens"] <= 6
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_and_the_utilisation_are_in_the_run_directory(config: Config, tmp_path: Path) -> None:
+    run("fit", changed(config, trainer__max_steps=3), tmp_path, "--profile", "1")
+    assert json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        shares = [float(row["perf/flops_utilisation"]) for row in csv.DictReader(file) if row["perf/flops_utilisation"]]
+    assert len(shares) == 3
+    assert all(0 < share < 1 for share in shares)

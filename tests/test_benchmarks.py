@@ -1,0 +1,92 @@
+"""benchmarks/: every file says what it takes, and the small ones end in a line of JSON. The others: slow/."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def last_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> dict:
+    """Run a benchmark in this process; what its last line says."""
+    module = load(name, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--rounds", "1", "--threads", "1", *arguments])
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_the_benchmarks_are_those_of_the_docs() -> None:
+    assert set(COMMANDS) >= {"head", "step", "rollout", "sync", "scaling"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_none_of_the_peers(name: str) -> None:
+    hidden = "import sys, runpy; sys.modules |= {'trl': None, 'vllm': None, 'datasets': None}; "
+    run = f"sys.argv = ['{name}.py', '--help']; sys.path[0] = {str(BENCHMARKS)!r}; "
+    call = f"runpy.run_path({str(BENCHMARKS / name)!r} + '.py', run_name='__main__')"
+    shown = subprocess.run([sys.executable, "-c", hidden + run + call], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "usage:" in shown.stdout
+    assert "--help" in shown.stdout
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("head", []), ("step", ["--only", "trl"]), ("step", [])])
+def test_a_missing_peer_is_one_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load(name, monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^TRL is not installed: install the bench extra, .*\[bench\]'$"):
+        module.main()
+
+
+def test_scaling_fits_a_straight_line_and_draws_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    scaling, head = load("scaling", monkeypatch), load("head", monkeypatch)
+    monkeypatch.setattr(scaling, "step_mb", scaling.measure)  # in this process, which is quicker
+    monkeypatch.setattr(scaling, "in_new_process", head.memory)
+    plot = tmp_path / "scaling.png"
+    arguments = ["--tokens", "64", "512", "--vocabularies", "128", "256", "--width", "32", "--plot", str(plot)]
+    found = last_line("scaling", arguments, monkeypatch, capsys)
+    assert set(found) == {"time_exponent_tokens", "head_mb_by_vocab", "head_mb_by_tokens"}
+    assert 0 < found["time_exponent_tokens"] < 2
+    assert set(found["head_mb_by_vocab"]) == {"128", "256"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_sync_sends_the_whole_model(
+    tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    found = last_line("sync", ["--model", tiny_model_dir], monkeypatch, capsys)
+    assert set(found) == {"seconds", "gb_per_s"}
+    size = (Path(tiny_model_dir) / "model.safetensors").stat().st_size
+    assert found["seconds"] * found["gb_per_s"] * 1e9 == pytest.approx(size, rel=0.05)  # the header apart
+
+
+def test_shared_prompts_are_measured_by_shape(
+    tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--only", "shared", "--small", "--model", tiny_policy_dir]
+    found = last_line("step", arguments, monkeypatch, capsys)
+    assert set(found) == {"shared_prompt_speedup", "shared_prompt_speedups"}
+    assert list(found["shared_prompt_speedups"]) == ["16 + 2 x 4", "8 + 2 x 40"]
