@@ -16,11 +16,14 @@ from dppo_lightning.advantage import AdvantageEstimator, GroupMean
 from dppo_lightning.aggregation import Aggregation, sequence_weights
 from dppo_lightning.batch import Group, Sequence, TrainingBatch, pack, split_by_tokens
 from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.evaluation import heldout_metrics
+from dppo_lightning.lora import LoRA, Unadapted
 from dppo_lightning.metrics import StepMetrics, check_names
 from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
+from dppo_lightning.precision import check_precision
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
@@ -51,6 +54,8 @@ class DPPOModule(pl.LightningModule):
         lr_scheduler: From the optimizer to a schedule that is stepped after every optimizer step.
         kl: Pull towards the reference model, which is the policy before training.
         entropy_coefficient: Weight of an entropy bonus, >= 0.
+        lora: Train adapters on the policy, which is not trained itself; the reference is the policy without them.
+        frozen: Name patterns of parameters that are not trained, e.g. ``model.embed_tokens.*``.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         shared_prompts: Train sequences packed in one row without padding, each prompt forwarded once for all of its
             completions, where the model's attention allows it (see attention.py); else one padded row a sequence.
@@ -74,6 +79,8 @@ class DPPOModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable = _constant,
         kl: ReferenceKL = ReferenceKL(),  # noqa: B008  # frozen
         entropy_coefficient: float = 0.0,
+        lora: LoRA | None = None,
+        frozen: list[str] | None = None,
         gradient_checkpointing: bool = False,
         shared_prompts: bool = True,
         logits_mib: int = 64,
@@ -81,7 +88,13 @@ class DPPOModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         sequence_weights(aggregation, np.ones(1), constant_length)  # a wrong pair fails here, not in the first step
+        if lora is not None and frozen:
+            raise ConfigError(
+                "model.lora trains adapters alone, so model.frozen has nothing to freeze: drop one of them"
+            )
         self.policy_name = policy
+        self.lora = lora
+        self.frozen = tuple(frozen or ())
         self.advantage = GroupMean() if advantage is None else advantage
         self.aggregation: Aggregation = aggregation
         self.constant_length = constant_length
@@ -95,7 +108,9 @@ class DPPOModule(pl.LightningModule):
         self.diagnostics = diagnostic_divergences(self.region) if divergence_diagnostics else {}
         self.step_metrics = StepMetrics()
         self.policy: Policy | None = None
-        self._reference: list[Policy] = []  # in a list, so that it is no submodule: never trained, saved or sharded
+        self._reference: list[
+            Policy | Unadapted
+        ] = []  # in a list, so that it is no submodule: never trained, saved or sharded
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
         self._train_started = self._train_seconds = 0.0
@@ -130,16 +145,27 @@ class DPPOModule(pl.LightningModule):
         """Load the policy, and the reference when KL asks for one."""
         if self.policy is not None:
             return
+        check_precision(self.trainer)
         temperature = self.data.sampling.temperature or 1.0
         shared = self.shared_prompts
-        self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing, shared)
-        if self.kl.coefficient > 0:
+        self.policy = Policy(
+            self.policy_name,
+            temperature,
+            self.logits_mib,
+            self.gradient_checkpointing,
+            shared,
+            lora=self.lora,
+            frozen=self.frozen,
+        )
+        if self.kl.coefficient > 0 and self.lora is not None:
+            self._reference = [Unadapted(self.policy)]
+        elif self.kl.coefficient > 0:
             reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = self.make_optimizer(self.policy.parameters())
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
@@ -280,7 +306,7 @@ class DPPOModule(pl.LightningModule):
                     for sequence, logp in zip(part, head(hidden, batch).cpu().split(counts), strict=True):
                         sequence.recomputed_logp = logp.numpy()
 
-    def _score(self, policy: Policy, sequences: list[Sequence]) -> list[np.ndarray]:
+    def _score(self, policy: Policy | Unadapted, sequences: list[Sequence]) -> list[np.ndarray]:
         """Log-probs [T] of each sequence's generated tokens, in the precision of training."""
         policy.to(self.device)
         found: dict[int, np.ndarray] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dppo_lightning import attention
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
+from dppo_lightning.freezing import freeze
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
+from dppo_lightning.lora import LoRA, adapt, merged_weights
 from dppo_lightning.packing import Layout
 
 
@@ -29,13 +32,16 @@ class Policy(nn.Module):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         shared_prompts: Run micro-batches without padding, and a group's prompt once for all its completions, where the
             model's attention allows it.
+        lora: Train adapters on the model instead of the model; None: the model itself.
+        frozen: Name patterns of parameters that are not trained.
 
     Attributes:
         layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
             off or the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers).
 
     Raises:
-        ConfigError: The model cannot be found or is no causal LM.
+        ConfigError: The model cannot be found or is no causal LM, or has nothing of the name that ``lora`` or
+            ``frozen`` gives.
     """
 
     def __init__(
@@ -45,12 +51,17 @@ class Policy(nn.Module):
         logits_mib: int = 64,
         gradient_checkpointing: bool = False,
         shared_prompts: bool = True,
+        lora: LoRA | None = None,
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = load_model(name).train()  # checkpointing works in training mode only; every dropout is off
         self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
         if self.layout == "packed":
             self.model.set_attn_implementation(attention.NAME)
+        if lora is not None:
+            adapt(self.model, lora)
+        freeze(self.model, frozen)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         transform = LogitTransform.of_model(self.model.config.get_text_config(), temperature)
@@ -70,9 +81,9 @@ class Policy(nn.Module):
         """Log-probs of the generated tokens, without gradient."""
         return self.head(self.hidden_states(batch), batch)
 
-    def named_weights(self) -> list[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, once: of tied parameters the first name."""
-        return [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its Hugging Face name, once: of tied parameters the first name. Adapters are merged."""
+        return merged_weights(self.model)
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_weights_are_loaded_in_float32(tiny_model_dir: str, tmp_path: Path) -> N
 
 
 def test_a_tied_weight_is_listed_once_and_an_untied_one_as_itself(tiny_model_dir: str, tiny_untied_dir: str) -> None:
-    tied, untied = Policy(tiny_model_dir).named_weights(), Policy(tiny_untied_dir).named_weights()
+    tied, untied = (list(Policy(folder).named_weights()) for folder in (tiny_model_dir, tiny_untied_dir))
     names = [name for name, _ in tied]
     assert len(names) == len(set(names)) == len({tensor.data_ptr() for _, tensor in tied})
     assert {name for name, _ in untied} - set(names) == {"lm_head.weight"}
