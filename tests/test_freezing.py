@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from small_runs import fit, sgd
 from transformers import AutoModelForCausalLM
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
-
-from small_runs import fit, sgd
 
 
 def originals(folder: str) -> dict[str, torch.Tensor]:
@@ -81,7 +80,7 @@ def test_deepspeed_keeps_float32_weights_itself() -> None:
         precision = "bf16-true"
         strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
 
-        class state:  # noqa: N801
+        class state:
             fn = "fit"
 
     check_precision(Trainer())  # type: ignore[arg-type]

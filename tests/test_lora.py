@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from small_runs import Run, fit
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dppo_lightning.batch import Completion, Prompt, Sequence, pack
@@ -24,8 +25,6 @@ from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.trust_region import NoTrustRegion
-
-from small_runs import Run, fit
 
 SMALL = LoRA(rank=4, alpha=8.0)
 
