@@ -62,13 +62,16 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _read_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
-    tag = DEEPSPEED_TAG if (checkpoint / DEEPSPEED_TAG).is_dir() else None
-    if tag is not None and not list((checkpoint / tag).glob("*_optim_states.pt")):  # stage 0: whole, in one file
-        path = checkpoint / tag / "mp_rank_00_model_states.pt"
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+    """Float32 masters of what was trained; what was frozen has none, and stage 1 keeps it with the model alone."""
+    latest = checkpoint / "latest"
+    tag = DEEPSPEED_TAG if (checkpoint / DEEPSPEED_TAG).is_dir() else latest.read_text().strip()
+    whole = checkpoint / tag / "mp_rank_00_model_states.pt"  # stage 3 writes no such file
+    model = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"] if whole.is_file() else {}
+    if model and not list((checkpoint / tag).glob("*_optim_states.pt")):  # stage 0
+        return model
     conversion = require("deepspeed.utils.zero_to_fp32", extra="deepspeed")
     with redirect_stdout(StringIO()):  # it prints what it meets on its way
-        return conversion.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag)
+        return model | conversion.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag)
 
 
 def _read_distributed(checkpoint: Path) -> dict[str, Tensor]:

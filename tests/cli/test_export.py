@@ -88,14 +88,13 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize(("name", "tolerance"), [("full", 1e-6), ("lora", 1e-5)])  # W x + B A x, and (W + B A) x
 def test_the_folder_gives_the_log_probs_of_the_trained_policy(
-    name: str, runs: dict[str, Path], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tolerance: float, runs: dict[str, Path], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(runs[name], tmp_path / "out")
     policy = trained(runs[name], base)
-    print("GAP", gap(policy, load(tmp_path / "out")))
-    assert gap(policy, load(tmp_path / "out")) < 1e-5
+    assert gap(policy, load(tmp_path / "out")) < tolerance
     assert gap(policy, load(base)) > 1e-2
     assert (tmp_path / "out" / "generation_config.json").read_text() == json.dumps(
         {"eos_token_id": 95, "temperature": 0.5}
