@@ -206,3 +206,13 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if is_adapter(name)
     }
+
+
+@torch.no_grad()
+def scaled_adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapters alone, as ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``; alpha / rank is part of B."""
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            owner = name.rpartition(".lora_")[0]
+            scale = model.get_submodule(owner).scaling[ADAPTER] if ".lora_B." in name else 1.0  # type: ignore[index,union-attr]
+            yield name.replace(f".{ADAPTER}.", "."), parameter * scale

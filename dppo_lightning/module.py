@@ -241,7 +241,7 @@ class DPPOModule(pl.LightningModule):
         if self._sync is None:
             self._sync = self._make_sync()
         if self._sync.version != self.trainer.global_step:
-            report = self._sync.push(self.policy.named_weights(), self.trainer.global_step)
+            report = self._sync.push(self.policy.weights_for(self.data.engine), self.trainer.global_step)
             self._sync_metrics = {
                 "time/sync": report.seconds,
                 "sync/bytes": report.bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,11 @@ from dppo_lightning.errors import ConfigError
 from dppo_lightning.freezing import freeze
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
-from dppo_lightning.lora import LoRA, adapt, merged_weights
+from dppo_lightning.lora import LoRA, adapt, merged_weights, scaled_adapters
 from dppo_lightning.packing import Layout
+
+if TYPE_CHECKING:
+    from dppo_lightning.rollout.engine import RolloutEngine
 
 
 class Policy(nn.Module):
@@ -55,6 +58,7 @@ class Policy(nn.Module):
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.lora = lora
         self.model = load_model(name).train()  # checkpointing works in training mode only; every dropout is off
         self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
         if self.layout == "packed":
@@ -84,6 +88,22 @@ class Policy(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, once: of tied parameters the first name. Adapters are merged."""
         return merged_weights(self.model)
+
+    def weights_for(self, engine: RolloutEngine) -> Iterator[tuple[str, Tensor]]:
+        """What an update of ``engine`` takes: every weight, or adapters alone.
+
+        Raises:
+            ConfigError: The engine takes adapters, and the policy has none or others.
+        """
+        if engine.adapter_rank is None:
+            return self.named_weights()
+        if self.lora is None or self.lora.rank != engine.adapter_rank:
+            has = "no adapters" if self.lora is None else f"adapters of rank {self.lora.rank}"
+            raise ConfigError(
+                f"data.engine takes adapters of rank {engine.adapter_rank}, the policy has {has}: "
+                "set adapter_rank to model.lora.rank, or to null to send every weight"
+            )
+        return scaled_adapters(self.model)
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:
