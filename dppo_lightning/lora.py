@@ -214,5 +214,5 @@ def scaled_adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             owner = name.rpartition(".lora_")[0]
-            scale = model.get_submodule(owner).scaling[ADAPTER] if ".lora_B." in name else 1.0  # type: ignore[index,union-attr]
+            scale = model.get_submodule(owner).scaling[ADAPTER] if ".lora_B." in name else 1.0  # type: ignore[index]
             yield name.replace(f".{ADAPTER}.", "."), parameter * scale

@@ -176,6 +176,25 @@ def compare(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> N
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(tiny_model_dir: str) -> None:
+    policy = stir(seeded(tiny_model_dir))
+    mine = gradients(policy, "packed")
+    whole = Policy(tiny_model_dir)
+    whole.model.load_state_dict(dict(policy.named_weights()), strict=False)
+    by_weight = gradients(whole, "packed")
+    for source in weight_sources(policy.model):
+        if source.layer is not None:
+            a, b = (p.detach() for p in source.parameters[1:])
+            layer, by_product = source.name.removesuffix(".weight"), 2.0 * by_weight[source.name]  # alpha / rank = 2
+            compare_close(mine[f"{layer}.lora_A.default.weight"], b.T @ by_product)
+            compare_close(mine[f"{layer}.lora_B.default.weight"], by_product @ a.T)
+
+
+def compare_close(mine: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert wanted.abs().max() > 1e-6
+    torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_layers_that_store_their_weight_transposed_are_merged_too(tmp_path: Path) -> None:
     size = {"vocab_size": 96, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
     with torch.random.fork_rng(devices=[]):
