@@ -62,15 +62,22 @@ class LoRA:
             raise ConfigError("model.lora.target_modules names no layer: list some, or set all-linear")
 
 
-def adapt(model: PreTrainedModel, lora: LoRA) -> None:
+def adapt(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> None:
     """Freeze the model and put adapters on it, in place; needs peft.
+
+    Args:
+        model: Has no adapters yet.
+        lora: Which adapters.
+        seed: Of the values that every A starts with; no global generator is touched.
 
     Raises:
         ConfigError: peft is not installed, or a target is unknown, not linear, or the embedding or output projection.
     """
     peft = require("peft", extra="lora")
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(peft_config(model, lora), model, ADAPTER)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft.inject_adapter_in_model(peft_config(model, lora), model, ADAPTER)
 
 
 def peft_config(model: PreTrainedModel, lora: LoRA) -> Any:

@@ -156,6 +156,7 @@ class DPPOModule(pl.LightningModule):
             shared,
             lora=self.lora,
             frozen=self.frozen,
+            seed=self.data.seed,
         )
         if self.kl.coefficient > 0 and self.lora is not None:
             self._reference = [Unadapted(self.policy)]

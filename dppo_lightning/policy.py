@@ -37,6 +37,7 @@ class Policy(nn.Module):
             model's attention allows it.
         lora: Train adapters on the model instead of the model; None: the model itself.
         frozen: Name patterns of parameters that are not trained.
+        seed: Of the adapters' first values.
 
     Attributes:
         layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         shared_prompts: bool = True,
         lora: LoRA | None = None,
         frozen: Sequence[str] = (),
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.lora = lora
@@ -64,7 +66,7 @@ class Policy(nn.Module):
         if self.layout == "packed":
             self.model.set_attn_implementation(attention.NAME)
         if lora is not None:
-            adapt(self.model, lora)
+            adapt(self.model, lora, seed)
         freeze(self.model, frozen)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_runs import Run, fit
+from small_runs import Run, ShareOf, fit
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dppo_lightning.batch import Completion, Prompt, Sequence, pack
@@ -24,7 +24,7 @@ from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
-from dppo_lightning.trust_region import NoTrustRegion
+from dppo_lightning.trust_region import BinaryTV, NoTrustRegion
 
 SMALL = LoRA(rank=4, alpha=8.0)
 
@@ -127,6 +127,17 @@ def test_the_optimizer_holds_adapters_alone(run: Run) -> None:
     assert all(is_adapter(name) for name in run.record.gradients[0])
 
 
+def test_adapters_learn_an_easy_task(tiny_policy_dir: str) -> None:
+    run = fit(
+        tiny_policy_dir,
+        {"lora": SMALL, "optimizer": adamw, "trust_region": BinaryTV()},
+        {"samples_per_prompt": 8, "reward": ShareOf("abcdefghijklmnopqrstuvwxyz"), "steps_per_rollout": 2},
+        max_steps=24,
+    )
+    rewards = run.metrics.of("train/reward")
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_follows_every_update(tiny_policy_dir: str) -> None:
     engine = VLLMEmbedded(kv_cache_gib=0.25)
@@ -163,9 +174,7 @@ def test_checkpointing_changes_no_gradient(tiny_model_dir: str) -> None:
 
 
 def seeded(folder: str, **settings: Any) -> Policy:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return Policy(folder, lora=SMALL, **settings)
+    return Policy(folder, lora=SMALL, seed=3, **settings)
 
 
 def compare(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -193,6 +202,20 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(tiny_model_
 def compare_close(mine: torch.Tensor, wanted: torch.Tensor) -> None:
     assert wanted.abs().max() > 1e-6
     torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_first_values_depend_on_the_seed_alone(tiny_model_dir: str) -> None:
+    drawn = []
+    for rng, seed in ((1, 3), (2, 3), (1, 4)):
+        torch.manual_seed(rng)
+        drawn.append(trained(Policy(tiny_model_dir, lora=SMALL, seed=seed)))
+        after = torch.rand(1)
+        torch.manual_seed(rng)
+        assert torch.equal(after, torch.rand(1))
+    first, same, other = drawn
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    for name in first:
+        assert torch.equal(first[name], other[name]) == (".lora_B." in name)
 
 
 def test_layers_that_store_their_weight_transposed_are_merged_too(tmp_path: Path) -> None:
