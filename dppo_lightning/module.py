@@ -108,9 +108,8 @@ class DPPOModule(pl.LightningModule):
         self.diagnostics = diagnostic_divergences(self.region) if divergence_diagnostics else {}
         self.step_metrics = StepMetrics()
         self.policy: Policy | None = None
-        self._reference: list[
-            Policy | Unadapted
-        ] = []  # in a list, so that it is no submodule: never trained, saved or sharded
+        # in a list, so that it is no submodule: never trained, saved or sharded
+        self._reference: list[Policy | Unadapted] = []
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
         self._train_started = self._train_seconds = 0.0
