@@ -1,4 +1,4 @@
-"""The command line: ``dppo fit | validate | test | generate | prepare``."""
+"""The command line: ``dppo fit | validate | test | generate | prepare | export``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.callbacks.timeline_log import TimelineLog
 from dppo_lightning.callbacks.utilisation import Utilisation
 from dppo_lightning.errors import ConfigError, DPPOError
+from dppo_lightning.export import export
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prepare import prepare
@@ -103,6 +104,7 @@ class DPPOCommandLine(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
+        parser._subcommands_action.add_subcommand("export", export_parser(), help="Write a trained model.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
@@ -165,6 +167,17 @@ def prepare_parser() -> LightningArgumentParser:
     parser = OneLineParser(prog="dppo prepare", description="Write a starting model as a Hugging Face folder.")
     parser.add_argument("name", type=Literal["tiny", "smollm2"], help="Which model.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
+    return parser
+
+
+def export_parser() -> LightningArgumentParser:
+    """Parser of ``dppo export``."""
+    parser = OneLineParser(prog="dppo export", description="Write a run's trained model as a Hugging Face folder.")
+    parser.add_argument("--run", type=str, required=True, help="Run directory; it says what was trained.")
+    parser.add_argument("--checkpoint", type=str, default="last", help="Which of the run's checkpoints, or a path.")
+    parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
+    parser.add_argument("--adapter", action="store_true", help="Write LoRA adapters alone, in peft's format.")
+    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Of the weights.")
     return parser
 
 
@@ -239,6 +252,9 @@ def main(args: list[str] | None = None) -> None:
             if arguments[:1] == ["prepare"]:
                 chosen = prepare_parser().parse_args(arguments[1:])
                 prepare(chosen.name, chosen.out)
+            elif arguments[:1] == ["export"]:
+                chosen = export_parser().parse_args(arguments[1:])
+                export(chosen.run, chosen.out, chosen.checkpoint, chosen.adapter, chosen.dtype)
             else:
                 DPPOCommandLine(arguments)
     except Exception as error:

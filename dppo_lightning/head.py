@@ -192,15 +192,19 @@ class _Work:
         self.rollout_tables: Tables | None = None
 
     def run(
-        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The loss, and its gradient with respect to hidden states, weight and bias."""
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, " V"] | None,
+        trained: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The loss, and its gradient with respect to hidden states and, where ``trained``, weight and bias."""
         chunks = self._chunks(len(hidden))
         longest = max((rows.stop - rows.start for rows in chunks), default=0)
         self.tables = Tables(longest, weight)
         if "full" in self.needs:
             self.rollout_tables = Tables(longest, weight, probabilities=False)
-        grads = Gradients(hidden, weight, bias)
+        grads = Gradients(hidden, weight, bias, trained)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         by_sequence = self.objective.region.scope == "sequence" and len(hidden) > 0
         planned = self._plan_sequences(hidden, weight, bias) if by_sequence else None
@@ -377,10 +381,11 @@ class _GradientInForward(torch.autograd.Function):
         dtype = product_dtype_of(weight)
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(dtype)
-            loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias)
+            trained = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+            loss, grad_hidden, grad_weight, grad_bias = work.run(hidden, product_weight, bias, trained)
         ctx.gradients = (
             grad_hidden,
-            grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         )
         return loss

@@ -60,13 +60,18 @@ class Tables:
 
 
 class Gradients:
-    """Gradients of hidden states, weight and bias; those of the parameters are summed in fp32."""
+    """Gradients of hidden states, weight and bias; those of the parameters are summed in fp32.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    A parameter that is not ``trained`` (weight, bias) has none: a third of the head's arithmetic is then spared.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, trained: tuple[bool, bool] = (True, True)
+    ) -> None:
         self.product_weight = weight.detach().to(product_dtype_of(weight))
         self.hidden = torch.zeros_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if trained[0] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and trained[1] else None
 
     def add(
         self,
@@ -93,16 +98,18 @@ class Gradients:
             torch.mm(product, self.product_weight, out=into)
         else:
             into.copy_(product @ self.product_weight)
+        if self.weight is None:
+            return
         if dtype == torch.float32:
             self.weight.addmm_(product.t(), hidden.float())
         else:
-            self._add_rounded(product, hidden.to(dtype))
+            _add_rounded(self.weight, product, hidden.to(dtype))
 
-    def _add_rounded(self, product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
-        """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
-        pieces = zip(self.weight.split(_PIECE), product.split(_PIECE, dim=1), strict=True)
-        for weight, piece in pieces:
-            weight += piece.t() @ hidden
+
+def _add_rounded(total: Float[Tensor, "V H"], product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
+    """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
+    for part, piece in zip(total.split(_PIECE), product.split(_PIECE, dim=1), strict=True):
+        part += piece.t() @ hidden
 
 
 _PIECE = 4096

@@ -16,11 +16,14 @@ from dppo_lightning.advantage import AdvantageEstimator, GroupMean
 from dppo_lightning.aggregation import Aggregation, sequence_weights
 from dppo_lightning.batch import Group, Sequence, TrainingBatch, pack, split_by_tokens
 from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.evaluation import heldout_metrics
+from dppo_lightning.lora import LoRA, Unadapted
 from dppo_lightning.metrics import StepMetrics, check_names
 from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
+from dppo_lightning.precision import check_precision
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.scaling.controller import Work
 from dppo_lightning.scaling.sharding import shard, shard_frozen
@@ -56,6 +59,8 @@ class DPPOModule(pl.LightningModule):
         lr_scheduler: From the optimizer to a schedule that is stepped after every optimizer step.
         kl: Pull towards the reference model, which is the policy before training.
         entropy_coefficient: Weight of an entropy bonus, >= 0.
+        lora: Train adapters on the policy, which is not trained itself; the reference is the policy without them.
+        frozen: Name patterns of parameters that are not trained, e.g. ``model.embed_tokens.*``.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         shared_prompts: Train sequences packed in one row without padding, each prompt forwarded once for all of its
             completions, where the model's attention allows it (see attention.py); else one padded row a sequence.
@@ -79,6 +84,8 @@ class DPPOModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable = _constant,
         kl: ReferenceKL = ReferenceKL(),  # noqa: B008  # frozen
         entropy_coefficient: float = 0.0,
+        lora: LoRA | None = None,
+        frozen: list[str] | None = None,
         gradient_checkpointing: bool = False,
         shared_prompts: bool = True,
         logits_mib: int = 64,
@@ -86,7 +93,13 @@ class DPPOModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         sequence_weights(aggregation, np.ones(1), constant_length)  # a wrong pair fails here, not in the first step
+        if lora is not None and frozen:
+            raise ConfigError(
+                "model.lora trains adapters alone, so model.frozen has nothing to freeze: drop one of them"
+            )
         self.policy_name = policy
+        self.lora = lora
+        self.frozen = tuple(frozen or ())
         self.advantage = GroupMean() if advantage is None else advantage
         self.aggregation: Aggregation = aggregation
         self.constant_length = constant_length
@@ -100,7 +113,8 @@ class DPPOModule(pl.LightningModule):
         self.diagnostics = diagnostic_divergences(self.region) if divergence_diagnostics else {}
         self.step_metrics = StepMetrics()
         self.policy: Policy | None = None
-        self._reference: list[Policy] = []  # in a list, so that it is no submodule: never trained, saved or sharded
+        # in a list, so that it is no submodule: never trained, saved or sharded
+        self._reference: list[Policy | Unadapted] = []
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
         self._synced: int | None = None  # the version that the engine has
@@ -136,18 +150,30 @@ class DPPOModule(pl.LightningModule):
         """Load the policy, and the reference when KL asks for one."""
         if self.policy is not None:
             return
+        check_precision(self.trainer)
         temperature = self.data.sampling.temperature or 1.0
         shared = self.shared_prompts
-        self.policy = Policy(self.policy_name, temperature, self.logits_mib, self.gradient_checkpointing, shared)
+        self.policy = Policy(
+            self.policy_name,
+            temperature,
+            self.logits_mib,
+            self.gradient_checkpointing,
+            shared,
+            lora=self.lora,
+            frozen=self.frozen,
+            seed=self.data.seed,
+        )
         shard(self.trainer.strategy, self.policy)
-        if self.kl.coefficient > 0:
+        if self.kl.coefficient > 0 and self.lora is not None:
+            self._reference = [Unadapted(self.policy)]
+        elif self.kl.coefficient > 0:
             reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
-        optimizer = self.make_optimizer(self.policy.parameters())
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
@@ -239,7 +265,7 @@ class DPPOModule(pl.LightningModule):
         assert data.stream is not None
         if self._sync is None:
             self._sync = self._make_sync()
-        weights = data.controller.beside("weights", self.policy.named_weights())
+        weights = data.controller.beside("weights", self.policy.weights_for(data.engine))
         with data.timeline.measure("sync", version), data.stream.updating(version):
             report = self._sync.push(weights, version)
         metrics = {
@@ -354,7 +380,7 @@ class DPPOModule(pl.LightningModule):
     def _run_through_weights(self, share: None) -> None:
         """On the ranks beside rank 0, while it reads the weights: take part in gathering them."""
         assert self.policy is not None
-        for _ in self.policy.named_weights():
+        for _ in self.policy.weights_for(self.data.engine):
             pass
 
     @property

@@ -1,4 +1,4 @@
-"""Libraries that only some prompt sources need; imported when such a source is loaded."""
+"""Libraries that only some settings need; imported when such a setting is used."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from dppo_lightning.errors import ConfigError
 
 
-def require(module: str) -> Any:
-    """Import an optional dependency.
+def require(module: str, extra: str = "reasoning") -> Any:
+    """Import an optional dependency, which the package's ``extra`` brings.
 
     Raises:
         ConfigError: It is not installed; says what to install.
@@ -21,4 +21,4 @@ def require(module: str) -> Any:
         # A dependency of the library may be what is missing; that is not ours to explain.
         if (error.name or "").split(".")[0] != package:
             raise
-        raise ConfigError(f"{package} is not installed: pip install 'dppo-lightning[reasoning]'") from error
+        raise ConfigError(f"{package} is not installed: pip install 'dppo-lightning[{extra}]'") from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dppo_lightning import attention
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
+from dppo_lightning.freezing import freeze
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
+from dppo_lightning.lora import LoRA, adapt, merged_weights, scaled_adapters
 from dppo_lightning.packing import Layout
-from dppo_lightning.scaling.weights import gathered_weights
+
+if TYPE_CHECKING:
+    from dppo_lightning.rollout.engine import RolloutEngine
 
 
 class Policy(nn.Module):
@@ -31,13 +35,17 @@ class Policy(nn.Module):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         shared_prompts: Run micro-batches without padding, and a group's prompt once for all its completions, where the
             model's attention allows it.
+        lora: Train adapters on the model instead of the model; None: the model itself.
+        frozen: Name patterns of parameters that are not trained.
+        seed: Of the adapters' first values.
 
     Attributes:
         layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
             off or the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers).
 
     Raises:
-        ConfigError: The model cannot be found or is no causal LM.
+        ConfigError: The model cannot be found or is no causal LM, or has nothing of the name that ``lora`` or
+            ``frozen`` gives.
     """
 
     def __init__(
@@ -47,12 +55,19 @@ class Policy(nn.Module):
         logits_mib: int = 64,
         gradient_checkpointing: bool = False,
         shared_prompts: bool = True,
+        lora: LoRA | None = None,
+        frozen: Sequence[str] = (),
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self.lora = lora
         self.model = load_model(name).train()  # checkpointing works in training mode only; every dropout is off
         self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
         if self.layout == "packed":
             self.model.set_attn_implementation(attention.NAME)
+        if lora is not None:
+            adapt(self.model, lora, seed)
+        freeze(self.model, frozen)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         transform = LogitTransform.of_model(self.model.config.get_text_config(), temperature)
@@ -75,9 +90,25 @@ class Policy(nn.Module):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under its Hugging Face name, once: of tied parameters the first name.
 
-        Over several ranks with shards it is collective, see scaling/weights.py.
+        Adapters are merged. Over several ranks with shards it is collective, see scaling/weights.py.
         """
-        return gathered_weights(self.model.named_parameters())
+        return merged_weights(self.model)
+
+    def weights_for(self, engine: RolloutEngine) -> Iterator[tuple[str, Tensor]]:
+        """What an update of ``engine`` takes: every weight, or adapters alone.
+
+        Raises:
+            ConfigError: The engine takes adapters, and the policy has none or others.
+        """
+        if engine.adapter_rank is None:
+            return self.named_weights()
+        if self.lora is None or self.lora.rank != engine.adapter_rank:
+            has = "no adapters" if self.lora is None else f"adapters of rank {self.lora.rank}"
+            raise ConfigError(
+                f"data.engine takes adapters of rank {engine.adapter_rank}, the policy has {has}: "
+                "set adapter_rank to model.lora.rank, or to null to send every weight"
+            )
+        return scaled_adapters(self.model)
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:

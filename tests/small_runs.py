@@ -71,7 +71,7 @@ class Record(RunCallback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         parameters = dict(pl_module.policy.model.named_parameters())
         self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
-        self.gradients.append({name: p.grad.clone() for name, p in parameters.items()})
+        self.gradients.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
 
 class Memory(DummyLogger):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.cli import DPPOCommandLine, known_classes, prepare_parser
+from dppo_lightning.cli import DPPOCommandLine, export_parser, known_classes, prepare_parser
 from dppo_lightning.metrics import GLOSSARY
 from dppo_lightning.trust_region import TrustRegion
 
@@ -43,6 +43,8 @@ def test_every_command_can_be_given(page: str, command: str, monkeypatch: pytest
         assert set(words[1:]) <= MAKE_TARGETS
     elif words[:2] == ["dppo", "prepare"]:
         assert prepare_parser().parse_args(words[2:]).name in ("tiny", "smollm2")
+    elif words[:2] == ["dppo", "export"]:
+        assert export_parser().parse_args(words[2:]).out
     elif words[0] == "dppo":
         give(words[1:], monkeypatch, tmp_path)
     elif words[:3] == ["python", "-m", "pytest"]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dppo_lightning.logits
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
@@ -285,6 +286,28 @@ def test_tokens_without_a_gradient_take_no_part_in_the_products() -> None:
     for gradient, wanted in zip(mine, plain, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
     assert not mine[0][batch.advantage == 0].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_projection_costs_no_weight_gradient(
+    bias: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, head, hidden = make_batch(), make_head(8, bias), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (wanted,) = torch.autograd.grad(head(hidden, batch, OBJECTIVES["ppo"]).loss, hidden)
+    sums: list[str] = []
+    monkeypatch.setattr(Tensor, "addmm_", lambda *_, **__: sums.append("fp32"))
+    monkeypatch.setattr(dppo_lightning.logits, "_add_rounded", lambda *_: sums.append("bf16"))
+    for trains in (True, False):
+        head.requires_grad_(trains)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = head(hidden, batch, OBJECTIVES["ppo"]).loss
+        assert (len(sums) == 5) == trains  # one a chunk
+        sums.clear()
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, wanted)
+    assert head.weight.grad is None
 
 
 def test_the_loss_can_be_differentiated_once() -> None:

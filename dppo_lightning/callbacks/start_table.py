@@ -33,14 +33,16 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     """(what, value) rows of the table."""
     data = module.data
     assert module.policy is not None
-    parameters = sum(parameter.numel() for parameter in module.policy.parameters())
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.policy.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    counts = f"{_count(parameters)} parameters" + (f", {_count(trained)} trained" if trained < parameters else "")
     region = ", ".join(f"{k}={v}" for k, v in module.region.describe().items() if k not in ("region", "anchor"))
     per_step = data.prompts_per_step * data.samples_per_prompt
     passes = trainer.max_steps * data.prompts_per_step / len(data.train_prompts)
     reference = f"{module.kl.kind} in the {module.kl.where}, beta {module.kl.coefficient:g}"
     engine = data.engine.health().description
     return [
-        ("model", f"{module.policy_name} ({_count(parameters)} parameters, {trainer.precision})"),
+        ("model", f"{module.policy_name} ({counts}, {trainer.precision})"),
         ("trust region", f"{type(module.region).__name__}({region})"),
         ("anchor", f"{module.region.describe()['anchor']} policy"),
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),

@@ -139,7 +139,14 @@ class Health:
 
 
 class RolloutEngine(ABC):
-    """Generates completions. Not thread-safe: one caller, the rollout stream."""
+    """Generates completions. Not thread-safe: one caller, the rollout stream.
+
+    Attributes:
+        adapter_rank: With a rank ``update_weights`` takes LoRA adapters alone, see rollout/adapters.py; with None every
+            weight.
+    """
+
+    adapter_rank: int | None = None
 
     @abstractmethod
     def start(self, spec: EngineSpec) -> None:

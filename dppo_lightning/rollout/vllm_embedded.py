@@ -18,6 +18,7 @@ from torch import Tensor
 from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError
 from dppo_lightning.policy import load_config
+from dppo_lightning.rollout import adapters
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.child_process import ChildProcess
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, RolloutEngine, UpdateStats
@@ -58,6 +59,8 @@ class VLLMEmbedded(RolloutEngine):
         enforce_eager: Do not compile and do not capture CUDA graphs: starts sooner; on GPUs generates slower.
         threads: CPU threads of the engine, >= 1; None: as many as there are cores.
         startup_timeout: Seconds to wait for the engine to be ready, and for its answer to any command, > 0.
+        adapter_rank: The rank of the policy's LoRA adapters, in [1, 512]: updates bring them alone, and vLLM adds them
+            while it generates. None: updates bring every weight.
         log_file: Where vLLM's messages go; None: a temporary file, which stays only when the engine crashes.
 
     Raises:
@@ -73,6 +76,7 @@ class VLLMEmbedded(RolloutEngine):
         threads: int | None = None,
         startup_timeout: float = 600.0,
         log_file: str | None = None,
+        adapter_rank: int | None = None,
     ) -> None:
         if kv_cache_gib is not None and not kv_cache_gib > 0:
             raise ConfigError(f"VLLMEmbedded: kv_cache_gib must be > 0, got {kv_cache_gib}")
@@ -84,6 +88,8 @@ class VLLMEmbedded(RolloutEngine):
             raise ConfigError(f"VLLMEmbedded: threads must be >= 1, got {threads}")
         if not startup_timeout > 0:
             raise ConfigError(f"VLLMEmbedded: startup_timeout must be > 0, got {startup_timeout}")
+        adapters.check_rank(adapter_rank)
+        self.adapter_rank = adapter_rank
         self.kv_cache_gib = kv_cache_gib
         self.gpu_memory_utilization = gpu_memory_utilization
         self.max_num_seqs = max_num_seqs
@@ -118,7 +124,8 @@ class VLLMEmbedded(RolloutEngine):
         log = None if self.log_file is None else Path(self.log_file)
         self._child = ChildProcess(WORKER, self._environment(spec), [self._block.descriptor], log, "vLLM")
         self._child.send("start", (self._settings(spec), spec.stop_token_ids))
-        self._expected = ExpectedWeights.of(spec.model)  # while the child loads
+        weights = ExpectedWeights.of(spec.model)  # while the child loads
+        self._expected = adapters.ExpectedAdapters(weights, self.adapter_rank) if self.adapter_rank else weights
         self._description = f"{self._answer('ready')}, {spec.dtype}, in process {self._child.pid}"
 
     def _environment(self, spec: EngineSpec) -> dict[str, str]:
@@ -152,6 +159,7 @@ class VLLMEmbedded(RolloutEngine):
             "enforce_eager": self.enforce_eager,
             "seed": spec.seed % 2**32,
             "disable_log_stats": True,
+            **adapters.engine_settings(self.adapter_rank),
         }
 
     def submit(self, requests: Sequence[Request]) -> None:

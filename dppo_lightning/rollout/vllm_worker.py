@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo_lightning.batch import Completion
+from dppo_lightning.rollout.adapters import AdapterSlot
 from dppo_lightning.rollout.child_process import ParentLink
 from dppo_lightning.rollout.engine import Failed, Request
 from dppo_lightning.rollout.shared_tensors import Manifest, SharedBlock
@@ -44,6 +45,7 @@ class Worker:
         self.block = block
         self.engine = engine
         self.stop_token_ids = list(stop_token_ids)
+        self.adapters = AdapterSlot() if engine.vllm_config.lora_config is not None else None
         self.in_flight: dict[str, tuple[Request, str]] = {}  # by id: the request, and vLLM's own id of it
         self.paused = False
 
@@ -78,9 +80,14 @@ class Worker:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import tokens_input
 
+        if self.adapters is not None and self.adapters.request is None:
+            return Failed(request.id, "no adapters are loaded: with adapter_rank an update comes before any request")
         try:
             name = self.engine.add_request(
-                request.id, tokens_input(list(request.prompt_token_ids)), sampling_params(request, self.stop_token_ids)
+                request.id,
+                tokens_input(list(request.prompt_token_ids)),
+                sampling_params(request, self.stop_token_ids),
+                lora_request=self.adapters.request if self.adapters is not None else None,
             )
         except VLLMValidationError as error:
             return Failed(request.id, " ".join(str(error).split()))
@@ -100,8 +107,11 @@ class Worker:
 
     def update(self, manifest: Manifest, version: int) -> None:
         """Load the weights that lie in the shared block, and forget all keys and values computed with the old ones."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self.block.read(manifest)})
-        self.engine.apply_model(repack_tied_head)
+        if self.adapters is not None:
+            self.adapters.load(self.engine, self.block.read(manifest))
+        else:
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self.block.read(manifest)})
+            self.engine.apply_model(repack_tied_head)
         # Without the flag nothing is reset while requests run.
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scaling.pool import RankPool
-from scaling.training import record, train
 from torch import Tensor
 
 from dppo_lightning.batch import Sequence
+from scaling.pool import RankPool
+from scaling.training import record, train
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
