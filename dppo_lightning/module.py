@@ -26,7 +26,7 @@ from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.scaling.controller import Work
-from dppo_lightning.scaling.sharding import shard, shard_frozen
+from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
 from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
 from dppo_lightning.timeline import Span
@@ -347,7 +347,7 @@ class DPPOModule(pl.LightningModule):
         policy = self.policy if which == "policy" else self._reference[0]
         policy.to(self.device)
         found: list[np.ndarray] = []
-        with self.trainer.precision_plugin.forward_context():
+        with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():
             for part, batch in self._packed(parts):
                 pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
                 found += [piece.numpy() for piece in pieces]
@@ -361,7 +361,8 @@ class DPPOModule(pl.LightningModule):
         assert self.policy is not None
         head = self.policy.head
         found: list[tuple[Tensor | None, np.ndarray | None]] = []
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        strategy = self.trainer.strategy
+        with scoring(strategy), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             if "full" in needs:
                 head.remember_rollout()
             for part, batch in self._packed(parts):

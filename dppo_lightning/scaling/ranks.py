@@ -39,6 +39,7 @@ class Ranks:
         self.rank = dist.get_rank() if joined else 0
         self.world_size = dist.get_world_size() if joined else 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank)) if joined else 0
+        self._told = False  # an error is known to every rank already
         self._group: Any = None
         self._heartbeat: Heartbeat | None = None
         if self.world_size > 1:
@@ -76,6 +77,7 @@ class Ranks:
             boxes = [(line, share) for share in (shares if line is None else [None] * self.world_size)]
         line, mine = self._scatter(boxes)
         if line is not None:
+            self._told = True
             raise RankError(line) from error
         return mine
 
@@ -122,6 +124,7 @@ class Ranks:
         lines = self.everyone(_line(self.rank, error))
         line = next((line for line in lines if line is not None), None)
         if line is not None:
+            self._told = True
             raise RankError(line) from error
 
     def agree(self, value: Any, what: str) -> None:
@@ -137,6 +140,7 @@ class Ranks:
         values = self.everyone(value)
         for rank, other in enumerate(values):
             if other != values[0]:
+                self._told = True
                 raise ConfigError(
                     f"rank {rank} has another {what} than rank 0: {_difference(values[0], other)}; "
                     "start every rank with the same code, configuration and environment"
@@ -145,7 +149,7 @@ class Ranks:
     def close(self, error: BaseException | None = None) -> None:
         """Leave. Without an error all ranks leave together; with one the others are told, and end.
 
-        A RankError is known to every rank already, so each leaves on its own.
+        What has been raised on every rank is known to every rank, so each leaves on its own.
         """
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is None:
@@ -154,7 +158,7 @@ class Ranks:
             dist.barrier(group=self._group)
             heartbeat.stop()
         else:
-            heartbeat.stop(None if isinstance(error, RankError) else _line(self.rank, error))
+            heartbeat.stop(None if self._told else _line(self.rank, error))
 
 
 def _line(rank: int, error: BaseException | None) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import Strategy
@@ -19,6 +21,11 @@ class ShardingStrategy:
     def shard_frozen(self, reference: Policy) -> None:
         """Cut a policy that is only scored with, and that is no part of the trained module."""
 
+    @contextmanager
+    def scoring(self) -> Generator[None, None, None]:
+        """Around passes without gradient, outside of training's own forward and backward."""
+        yield
+
 
 def shard(strategy: Strategy, policy: Policy) -> None:
     """Cut the trained policy into shards if the strategy is of that kind."""
@@ -30,3 +37,8 @@ def shard_frozen(strategy: Strategy, reference: Policy) -> None:
     """Cut a reference into shards if the strategy is of that kind."""
     if isinstance(strategy, ShardingStrategy):
         strategy.shard_frozen(reference)
+
+
+def scoring(strategy: Strategy) -> AbstractContextManager[None]:
+    """Around passes without gradient; nothing to do where the model is whole."""
+    return strategy.scoring() if isinstance(strategy, ShardingStrategy) else nullcontext()

@@ -159,6 +159,28 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         )
         self._frozen_engines.append(engine)
 
+    @contextmanager
+    def scoring(self) -> Generator[None, None, None]:
+        """Stage 3 gathers ahead by the order of a training step, which a pass of its own does not finish.
+
+        So the order is begun anew on both sides of it, and what was gathered and not used is let go: the next step, or
+        the weights' way to the engine, would find it half gathered.
+        """
+        if self.zero_stage_3:
+            self._begin_order_anew()
+        yield
+        if self.zero_stage_3:
+            self._begin_order_anew()
+
+    def _begin_order_anew(self) -> None:
+        for engine in (self.deepspeed_engine, *self._frozen_engines):
+            offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+            coordinator = offload.get_param_coordinator()
+            offload.partition_all_parameters()
+            if coordinator.is_record_trace():
+                coordinator._invalidate_trace()  # what it has recorded is no training step
+            coordinator.reset_step()
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the number of micro-batches; deepspeed is told not to do it again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

@@ -47,6 +47,7 @@ def make_module(
         precision_plugin=precision or Precision(),
         accumulate_grad_batches=2,
         world_size=1,
+        strategy=None,
         datamodule=SimpleNamespace(steps_per_rollout=1, controller=Controller(Ranks(), module.work)),
     )
     return module

@@ -1,0 +1,159 @@
+"""Whole runs on one rank and on two: what is generated, rewarded and learned does not depend on their number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_runs import Letters, ShareOf, fit, sgd
+
+from dppo_lightning.callbacks.heldout import HeldOutEvaluation
+from dppo_lightning.errors import DPPOError
+from dppo_lightning.lora import LoRA
+from dppo_lightning.objective import ReferenceKL
+from dppo_lightning.rollout.engine import EngineSpec
+from dppo_lightning.rollout.streaming import Streaming
+from dppo_lightning.rollout.transformers_engine import TransformersEngine
+from dppo_lightning.trust_region import FullTV, PPOClip
+from scaling.pool import RankPool
+from scaling.training import strategy_of
+
+Outcome = dict[str, Any]
+
+
+def outcome(
+    policy: str, strategy: str, module: Mapping[str, Any] = {}, data: Mapping[str, Any] = {}, **trainer: Any
+) -> Outcome | None:
+    """A small run; what came of it, on rank 0."""
+    world = 1 if strategy == "one" else torch.distributed.get_world_size()
+    run = fit(
+        policy,
+        {"optimizer": sgd(0.05)} | dict(module),
+        {"prompts": Letters(6, heldout=2)} | dict(data),
+        callbacks=[HeldOutEvaluation()],
+        devices=world,
+        strategy=strategy_of(strategy),
+        use_distributed_sampler=False,
+        **{"max_steps": 3} | trainer,
+    )
+    weights = {name: tensor.clone() for name, tensor in run.module.policy.named_weights()}  # type: ignore[union-attr]
+    if run.module.global_rank:
+        assert run.record.rollouts == []
+        return None
+    return {
+        "texts": [[group.texts for group in groups] for groups in run.record.rollouts],
+        "rewards": [[list(group.rewards) for group in groups] for groups in run.record.rollouts],
+        "heldout": run.metrics.of("heldout/reward"),
+        "weights": weights,
+        **{
+            name: run.metrics.of(name)
+            for name in ("train/loss", "train/tokens", "train/masked_share", "train/grad_norm")
+        },
+        "parity": run.metrics.of("sync/parity_error"),
+    }
+
+
+def compare(one: Outcome, two: Outcome) -> None:
+    for name in ("texts", "rewards", "heldout", "train/tokens"):
+        assert one[name] == two[name], name
+    for name in ("train/loss", "train/masked_share", "train/grad_norm"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert max(two["parity"]) < 1e-4
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_completions_rewards_and_weights_do_not_depend_on_the_ranks(
+    strategy: str, two_ranks: RankPool, tiny_policy_dir: str
+) -> None:
+    one = outcome(tiny_policy_dir, "one", accumulate_grad_batches=2)
+    two, none = two_ranks.run(outcome, tiny_policy_dir, strategy)
+    assert none is None
+    assert one is not None
+    assert len({str(weight) for weight in one["train/grad_norm"]}) == 3
+    compare(one, two)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        {"kl": ReferenceKL(0.1)},
+        {"kl": ReferenceKL(0.1, where="reward")},
+        {"trust_region": PPOClip(anchor="recomputed")},
+        {"trust_region": FullTV(0.15)},
+        {"lora": LoRA(rank=4), "kl": ReferenceKL(0.1)},
+    ],
+    ids=["kl", "kl in the reward", "recomputed anchor", "whole vocabulary", "lora"],
+)
+def test_passes_without_gradient_are_shared_out(
+    module: dict[str, Any], strategy: str, two_ranks: RankPool, tiny_policy_dir: str
+) -> None:
+    data = {"steps_per_rollout": 2}
+    one = outcome(tiny_policy_dir, "one", module, data)
+    two, _ = two_ranks.run(outcome, tiny_policy_dir, strategy, module, data)
+    assert one is not None
+    compare(one, two)
+
+
+def test_generation_runs_ahead_on_two_ranks(two_ranks: RankPool, tiny_policy_dir: str) -> None:
+    two, _ = two_ranks.run(outcome, tiny_policy_dir, "ddp", data={"streaming": Streaming(1)}, max_steps=4)
+    assert len(two["texts"]) == 4
+    assert max(two["parity"]) < 1e-4
+
+
+class Unstartable(TransformersEngine):
+    def start(self, spec: EngineSpec) -> None:
+        raise DPPOError("the moon is full")
+
+
+class Moody(ShareOf):
+    """Fails in the second rollout."""
+
+    calls = 0
+
+    def score(self, samples: Any) -> list[float]:
+        self.calls += len(samples)
+        if self.calls > 12 + 2:
+            raise DPPOError("no more")
+        return super().score(samples)
+
+
+def message(policy: str, data: Mapping[str, Any] = {}, by_rank: str | None = None) -> str:
+    """The error that a run ends with, on this rank."""
+    changed = {by_rank: 10 + torch.distributed.get_rank()} if by_rank else {}
+    try:
+        outcome(policy, "ddp", data=dict(data) | changed)
+    except DPPOError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("data", "by_rank", "reason"),
+    [
+        ({"engine": Unstartable()}, None, "rank 0: DPPOError: the moon is full"),
+        ({"prompts_per_step": 1, "samples_per_prompt": 1}, None, ""),
+        ({}, "max_new_tokens", "rank 1 has another configuration than rank 0: data.sampling"),
+        ({}, "prompts_per_step", "rank 1 has another configuration than rank 0: data.prompts_per_step is 11, not 10"),
+    ],
+    ids=["engine", "more ranks than sequences", "sampling", "prompts"],
+)
+def test_an_error_is_told_on_every_rank(
+    data: dict[str, Any], by_rank: str | None, reason: str, two_ranks: RankPool, tiny_policy_dir: str
+) -> None:
+    first, second = two_ranks.run(message, tiny_policy_dir, data, by_rank, timeout=60)
+    for said in (first, second):
+        assert said != "no error"
+        assert reason in said
+
+
+def test_a_reward_that_fails_on_rank_0_ends_every_rank(two_ranks: RankPool, tiny_policy_dir: str) -> None:
+    first, second = two_ranks.run(message, tiny_policy_dir, {"reward": Moody()}, timeout=60)
+    assert "no more" in first
+    assert second == "RankError: rank 0: DPPOError: no more"
