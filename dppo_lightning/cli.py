@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -45,7 +46,9 @@ from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
 
-DEFAULT_RUN_DIR = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+# in the environment, so that the ranks that Lightning starts have the same run directory
+STARTED = os.environ.setdefault("DPPO_STARTED", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+DEFAULT_RUN_DIR = f"runs/{STARTED}"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -144,7 +147,11 @@ class DPPOCommandLine(LightningCLI):
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
         traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
         callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # a strategy or device that Lightning does not know
+            line = " ".join(str(error).split())
+            raise ConfigError(f"trainer: {line}; configs/scaling/ has pieces that work") from error
 
 
 def standard_callbacks() -> list[pl.Callback]:

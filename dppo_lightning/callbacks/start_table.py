@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.rollout.datamodule import RolloutDataModule
+from dppo_lightning.scaling.weights import elements
 
 
 class StartTable(pl.Callback):
@@ -33,7 +34,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     """(what, value) rows of the table."""
     data = module.data
     assert module.policy is not None
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.policy.parameters()]
+    sizes = [(elements(parameter), parameter.requires_grad) for parameter in module.policy.parameters()]
     parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     counts = f"{_count(parameters)} parameters" + (f", {_count(trained)} trained" if trained < parameters else "")
     region = ", ".join(f"{k}={v}" for k, v in module.region.describe().items() if k not in ("region", "anchor"))

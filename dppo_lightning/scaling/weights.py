@@ -58,7 +58,7 @@ def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[list[tu
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, parameter in named:
-        added = _elements(parameter) * parameter.element_size()
+        added = elements(parameter) * parameter.element_size()
         if bucket and size + added > most:
             yield bucket
             bucket, size = [], 0
@@ -104,7 +104,7 @@ def _in_zero_shards(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _elements(parameter: Any) -> int:
+def elements(parameter: Any) -> int:
     """``numel()`` is 0 for a parameter that ZeRO-3 has cut up."""
     return int(parameter.ds_numel) if _in_zero_shards(parameter) else int(parameter.numel())
 
