@@ -19,7 +19,9 @@ RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglo
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_can_be_built(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = yaml.safe_load((ROOT / recipe).read_text())
-    below = [] if "data" in given else ["--config", str(ROOT / "configs" / "quickstart.yaml")]  # a piece of one
+    below = (
+        [] if "prompts" in given.get("data", {}) else ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    )  # a piece of one
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DPPOCommandLine, "_run_subcommand", lambda self, name: None)
     cli = DPPOCommandLine(["fit", *below, "--config", str(ROOT / recipe), "--trainer.accelerator", "cpu"])
