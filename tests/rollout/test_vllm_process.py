@@ -60,9 +60,9 @@ def wait_until_gone(pid: int, seconds: float) -> None:
 @needs_vllm
 def test_a_killed_engine_is_noticed_within_a_second_and_leaves_nothing(tiny_model_dir: str, temporary: Path) -> None:
     shared = sorted(os.listdir("/dev/shm"))
-    engine = VLLMEmbedded(kv_cache_gib=0.25)
+    engine = VLLMEmbedded(kv_cache_gib=0.25, max_restarts=0)
     engine.start(EngineSpec(tiny_model_dir, max_model_len=512))
-    pid = engine._child.pid
+    pid = engine._process.child.pid
     used = cpu_seconds(pid)
     time.sleep(1)
     assert cpu_seconds(pid) - used <= 0.05, "an idle engine takes no processor time"
@@ -111,7 +111,16 @@ def test_without_vllm_the_error_says_what_to_install(tiny_model_dir: str, monkey
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kv_cache_gib": 0}, {"gpu_memory_utilization": 1.5}, {"max_num_seqs": 0}, {"threads": 0}, {"startup_timeout": 0}],
+    [
+        {"kv_cache_gib": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"max_num_seqs": 0},
+        {"threads": 0},
+        {"startup_timeout": 0},
+        {"max_restarts": -1},
+        {"weights": "nccl"},
+        {"bucket_mib": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
