@@ -60,6 +60,10 @@ class EngineProcess:
         start: Value of its "start" message.
         timeout: Seconds that any command may take, the start among them; > 0. A process that takes longer is ended.
         max_restarts: Deaths in a row after which a new process is started, >= 0; a completion ends the row.
+
+    Attributes:
+        ready: Value of the process's "ready" message.
+        weights: What the last ``load`` was given, None before.
     """
 
     def __init__(self, child: ChildProcess, start: Any, timeout: float, max_restarts: int) -> None:
@@ -69,12 +73,15 @@ class EngineProcess:
         self.max_restarts = max_restarts
         self.ready: Any = None
         self._start = start
-        self._weights: Any = None
+        self.weights: Any = None
         self._weights_lost = ""
         self._paused = False
         self._arrived: list[Completion | Failed] = []
         self._deaths = 0
-        child.send("start", start)
+        try:
+            child.send("start", start)
+        except ChildDied as death:
+            child.give_up(str(death))
 
     def wait_until_ready(self) -> None:
         """Wait for the first process, whose "ready" message is then in ``ready``.
@@ -128,7 +135,7 @@ class EngineProcess:
         Args:
             weights: Value of the "update" message; what it refers to stays as it is until ``forget_weights``.
         """
-        self._weights, self._weights_lost = weights, ""
+        self.weights, self._weights_lost = weights, ""
         self.command("update", weights)
 
     def forget_weights(self, reason: str) -> None:
@@ -207,8 +214,8 @@ class EngineProcess:
         """Weights and pause come before the requests, so that no token is sampled with other weights or too early."""
         self.child.send("start", self._start)
         self.ready = self._answer("ready")
-        if self._weights is not None:
-            self.child.send("update", self._weights)
+        if self.weights is not None:
+            self.child.send("update", self.weights)
             self._answer("update")
         if self._paused:
             self.child.send("pause")

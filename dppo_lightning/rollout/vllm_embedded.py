@@ -124,7 +124,6 @@ class VLLMEmbedded(RolloutEngine):
         self._process: EngineProcess | None = None
         self._block: SharedBlock | None = None
         self._version = 0
-        self._updated = False
 
     def start(self, spec: EngineSpec) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -213,7 +212,7 @@ class VLLMEmbedded(RolloutEngine):
         started = time.perf_counter()
         send = self._transfer if self.weights == "ipc" else self._write
         tensors, sent = send(process, self._once(named_tensors), version)
-        self._version, self._updated = version, True
+        self._version = version
         return UpdateStats(tensors, sent, time.perf_counter() - started, version)
 
     def _write(
@@ -221,7 +220,7 @@ class VLLMEmbedded(RolloutEngine):
     ) -> tuple[int, int]:
         """Update through the shared block; returns how many tensors and bytes."""
         assert self._block is not None
-        if self._updated:  # before that the weights in force are in the model's folder
+        if process.weights is not None:  # before the first update the weights in force are in the model's folder
             process.forget_weights("an update that failed has overwritten the copy of its weights")
         manifest = self._block.write(named_tensors, self._wire_dtype(process))
         self._expected.check({entry.name: entry.shape for entry in manifest.entries})
@@ -279,7 +278,7 @@ class VLLMEmbedded(RolloutEngine):
         if self._block is not None:
             self._block.close()
         self._process = self._block = None
-        self._version, self._updated = 0, False
+        self._version = 0
 
     def _running(self) -> EngineProcess:
         if self._process is None:

@@ -166,3 +166,39 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert list(temporary.iterdir()) == []
         if pipe_stays_open:
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_after_a_restart_the_log_goes_on_and_an_interrupted_parent_leaves_nothing(temporary: Path) -> None:
+    program = f"""
+import os, signal
+from dppo_lightning.rollout.child_process import ChildDied, ChildProcess
+child = ChildProcess({WORKER!r}, os.environ, [0])
+pids = [child.pid]
+for _ in range(2):
+    os.kill(child.pid, signal.SIGKILL)
+    try:
+        child.receive(None)
+    except ChildDied as death:
+        print(death, flush=True)
+    with child.log.open("a") as log:
+        log.write("a line that the dead one said\\n")
+    child.restart()
+    pids.append(child.pid)
+print(*pids, child.log.read_text().count("dead one"), flush=True)
+child.receive(None)
+"""
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        for _ in range(2):
+            assert parent.stdout.readline().endswith("killed by SIGKILL; it last said: nothing\n")
+        *pids, lines = map(int, parent.stdout.readline().split())
+        assert lines == 2
+        assert [running(pid) for pid in pids] == [False, False, True]
+        parent.send_signal(signal.SIGINT)
+        parent.wait()
+    assert not running(pids[-1])
+    assert list(temporary.iterdir()) == []
