@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,10 @@ from dppo_lightning.errors import EngineError
 LOG_LINES = 5
 FOLDER = "DPPO_CHILD_FOLDER"
 """Environment variable that tells a child which folder to delete should its parent not live to do it."""
+
+
+class ChildDied(EngineError):
+    """The child has ended, or was ended because it was of no more use; ``ChildProcess.restart`` can follow."""
 
 
 class ChildProcess:
@@ -53,13 +57,22 @@ class ChildProcess:
         self.name = name
         self.folder = Path(tempfile.mkdtemp(prefix="dppo-"))
         self.log = self.folder / "engine.log" if log is None else log
+        self.log.write_bytes(b"")
+        self._command = [sys.executable, "-m", module]
+        # What the child leaves in temporary files goes with the folder.
+        self._environment = dict(environment) | {"TMPDIR": str(self.folder), FOLDER: str(self.folder)}
+        self._descriptors = tuple(descriptors)
+        self._start()
+
+    def _start(self) -> None:
         mine, theirs = socket.socketpair()
-        inherited = (theirs.fileno(), *descriptors)
-        with theirs, self.log.open("wb") as output:
+        inherited = (theirs.fileno(), *self._descriptors)
+        arguments = [str(inherited[0]), str(os.getpid()), *map(str, self._descriptors)]
+        with theirs, self.log.open("ab") as output:
+            self._log_start = os.fstat(output.fileno()).st_size
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(inherited[0]), str(os.getpid()), *map(str, descriptors)],
-                # What the child leaves in temporary files goes with the folder.
-                env=dict(environment) | {"TMPDIR": str(self.folder), FOLDER: str(self.folder)},
+                self._command + arguments,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -68,6 +81,14 @@ class ChildProcess:
             )
         self._pipe = Connection(mine.detach())
         self._stop = weakref.finalize(self, _stop, self._process, self._pipe, self.folder, os.getpid())
+
+    def restart(self) -> None:
+        """Start a child that has died again: a new process and a new pipe, in the same folder, its log continued."""
+        before = self._stop
+        self._pipe.close()
+        self.folder.mkdir(exist_ok=True)  # a child that took its parent for dead has deleted it
+        self._start()
+        before.detach()
 
     @property
     def pid(self) -> int:
@@ -78,56 +99,86 @@ class ChildProcess:
         return self._stop.alive and self._process.poll() is None
 
     def send(self, kind: str, value: Any = None) -> None:
-        """Raises EngineError when the child is dead."""
+        """Raises ChildDied when the child is dead."""
         try:
             self._pipe.send((kind, value))
         except OSError as error:
-            self._raise_dead(error)
+            raise self._dead() from error
 
     def receive(self, timeout: float | None) -> tuple[str, Any] | None:
         """The next message, or None when none came within ``timeout`` seconds (None waits without limit).
 
         Raises:
-            EngineError: The child is dead, or told that it cannot go on.
+            ChildDied: The child is dead, or told that it cannot go on.
+            EngineError: It was closed.
         """
         try:
             if not self._pipe.poll(timeout):
                 return None
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._raise_dead(error)
+            raise self._dead() from error
         if kind == "broken":
-            self.fail(value)
+            raise self.end(value)
         return kind, value
 
-    def fail(self, reason: str, keep_log: bool = True) -> NoReturn:
-        """Stop a child that is of no more use, and say why."""
-        log = self._keep_log() if keep_log else ""
-        self.close()
-        raise EngineError(f"the {self.name} process stopped: {reason}{log}")
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """What a child that has died sent before, and nobody has received."""
+        with contextlib.suppress(EOFError, OSError):
+            while self._pipe.poll(0):
+                yield self._pipe.recv()
 
-    def _raise_dead(self, error: Exception) -> NoReturn:
+    def end(self, reason: str) -> ChildDied:
+        """End a child that is of no more use; the exception says why. Folder, log and unread messages stay."""
+        _end(self._process)
+        return ChildDied(f"the {self.name} process stopped: {reason}")
+
+    def give_up(self, message: str) -> NoReturn:
+        """Close a child that will not be started again, keep its log, and raise EngineError."""
+        log = self._keep_log()
+        self.close()
+        raise EngineError(f"{message} (log: {log})")
+
+    def _dead(self) -> EngineError:
         if not self._stop.alive:
-            raise EngineError(f"the {self.name} process is not running") from error
+            return EngineError(f"the {self.name} process is not running")
         try:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            self.fail("it closed its pipe")
+            return self.end("it closed its pipe")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        self.fail(f"{how}; it last said: {' | '.join(lines[-LOG_LINES:]) or 'nothing'}")
+        return self.end(f"{how}; it last said: {self._last_words() or 'nothing'}")
 
-    def _keep_log(self) -> str:
+    def _last_words(self) -> str:
+        """The last lines in the log of this process, not of one before it."""
+        if not self.log.exists():
+            return ""
+        said = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        return " | ".join(lines[-LOG_LINES:])
+
+    def _keep_log(self) -> Path:
         """Save a temporary log from being deleted with its folder."""
         if self.log.parent == self.folder:
             kept = self.folder.with_suffix(".log")
-            shutil.copyfile(self.log, kept)
+            if self.log.exists():
+                shutil.copyfile(self.log, kept)
             self.log = kept
-        return f" (log: {self.log})"
+        return self.log
 
     def close(self) -> None:
         """End the child and delete its folder; safe to call twice."""
         self._stop()
+
+
+def _end(process: subprocess.Popen[bytes], patience: float = 1.0) -> None:
+    """Give a process ``patience`` seconds to end by itself, then kill it."""
+    try:
+        process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the child leads a session: what it started goes too
+        process.wait()
 
 
 def _stop(process: subprocess.Popen[bytes], pipe: Connection, folder: Path, owner: int) -> None:
@@ -135,12 +186,7 @@ def _stop(process: subprocess.Popen[bytes], pipe: Connection, folder: Path, owne
     if os.getpid() != owner:
         return
     pipe.close()
-    try:
-        process.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the child leads a session: what it started goes too
-        process.wait()
+    _end(process, patience=2)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -46,14 +46,20 @@ class SharedBlock:
         self.descriptor = os.memfd_create("dppo-weights") if descriptor is None else descriptor
         self._map: mmap.mmap | None = None
 
-    def write(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Manifest:
+    def write(self, named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> Manifest:
         """Copy tensors into the block, growing it where needed.
 
-        They are copied one by one as they come: a sharded trainer gathers them one by one.
+        They are copied one by one as they come: a sharded trainer gathers them one by one. When that fails half-way,
+        the block holds neither what it held before nor what was to come.
+
+        Args:
+            named_tensors: On any device, of any dtype.
+            dtype: Floating-point tensors wider than this are rounded to it.
         """
         entries, offset, total = [], 0, 0
-        for name, tensor in named_tensors:
-            entries.append(Entry(name, offset, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+        for name, given in named_tensors:
+            tensor = narrowed(given, dtype)
+            entries.append(Entry(name, offset, dtype_name(tensor.dtype), tuple(tensor.shape)))
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             written = 0
             while written < len(data):  # one call writes 2 GiB at most
@@ -83,3 +89,15 @@ class SharedBlock:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor, rounded to ``dtype`` where that takes fewer bytes; integers stay."""
+    if dtype is None or not tensor.is_floating_point() or tensor.element_size() <= dtype.itemsize:
+        return tensor.detach()
+    return tensor.detach().to(dtype)

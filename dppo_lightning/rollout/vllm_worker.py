@@ -3,6 +3,7 @@
 Run as ``python -m dppo_lightning.rollout.vllm_worker PIPE PARENT BLOCK``: two file descriptors and a process id. Each
 message is (kind, value). The first is "start"; it is answered with "ready", every other command but "submit" with its
 own kind, when it is done. "results" come as requests finish; "broken" is the last word of a worker that cannot go on.
+An update is one message, "update", or with vLLM's own transfer "transfer", "chunk" as often as needed, and "finish".
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dppo_lightning.batch import Completion
+from dppo_lightning.rollout import native_transfer
 from dppo_lightning.rollout.adapters import AdapterSlot
 from dppo_lightning.rollout.child_process import ParentLink
 from dppo_lightning.rollout.engine import Failed, Request
@@ -72,6 +74,10 @@ class Worker:
             self.abort(value)
         elif kind == "update":
             self.update(*value)
+        elif kind == "transfer":
+            native_transfer.receive(self.engine, self.link)
+            self.renew(version=value)
+            kind = "finish"
         else:
             self.paused = {"pause": True, "resume": False}[kind]
         self.link.send(kind)
@@ -106,12 +112,16 @@ class Worker:
             self.link.send("results", [self.finish(output) for output in partial])
 
     def update(self, manifest: Manifest, version: int) -> None:
-        """Load the weights that lie in the shared block, and forget all keys and values computed with the old ones."""
+        """Load the weights that lie in the shared block."""
         if self.adapters is not None:
             self.adapters.load(self.engine, self.block.read(manifest))
         else:
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": self.block.read(manifest)})
             self.engine.apply_model(repack_tied_head)
+        self.renew(version)
+
+    def renew(self, version: int) -> None:
+        """Forget all keys and values computed with the old weights, and stamp what is sampled from now on."""
         # Without the flag nothing is reset while requests run.
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -174,6 +184,16 @@ def repack_tied_head(model: Any) -> None:
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
+def has_uniform_dtype(engine: LLMEngine) -> bool:
+    """Whether all weights are in the engine's dtype. Some models keep a few, such as a router's biases, in float32."""
+    dtype = engine.model_config.dtype
+
+    def uniform(model: Any) -> bool:
+        return all(p.dtype == dtype for p in model.parameters() if p.is_floating_point() and p.numel())
+
+    return all(engine.apply_model(uniform))
+
+
 def build_engine(settings: dict[str, Any]) -> LLMEngine:
     """Start vLLM in this process."""
     gc.disable()  # collecting while a million objects are imported takes a quarter of the time to start
@@ -181,10 +201,15 @@ def build_engine(settings: dict[str, Any]) -> LLMEngine:
     from vllm.platforms import current_platform
 
     gc.freeze()
+    transfer = settings["weight_transfer_config"]
+    if transfer:
+        native_transfer.check_gpu(current_platform.is_cuda())
     if current_platform.is_cpu():
         settings = settings | cpu_settings(settings)
     engine = LLMEngine.from_engine_args(EngineArgs(**settings))
     engine.set_weight_version("0")
+    if transfer:
+        native_transfer.prepare(engine)
     gc.enable()
     return engine
 
@@ -218,7 +243,7 @@ def main() -> None:
     try:
         _, (settings, stop_token_ids) = link.receive(wait=True) or ("", ({}, ()))
         engine = build_engine(settings)
-        link.send("ready", describe(started))
+        link.send("ready", (describe(started), has_uniform_dtype(engine)))
         Worker(link, SharedBlock(block), engine, stop_token_ids).serve()
     except Exception as error:
         traceback.print_exc()

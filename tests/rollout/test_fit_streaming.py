@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,9 +136,9 @@ class Doomed(VLLMEmbedded):
     def poll(self, timeout: float | None = None) -> list[Completion | Failed]:
         found = super().poll(timeout)
         self.results += sum(result.request_id.startswith("train/") for result in found)
-        if self.updates == self.victim and self.results >= 1 and self._child is not None:
+        if self.updates == self.victim and self.results >= 1 and self._process is not None:
             self.victim = -1
-            self._child._process.kill()
+            os.kill(self._process.child.pid, signal.SIGKILL)
         return found
 
 

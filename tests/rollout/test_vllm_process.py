@@ -60,9 +60,9 @@ def wait_until_gone(pid: int, seconds: float) -> None:
 @needs_vllm
 def test_a_killed_engine_is_noticed_within_a_second_and_leaves_nothing(tiny_model_dir: str, temporary: Path) -> None:
     shared = sorted(os.listdir("/dev/shm"))
-    engine = VLLMEmbedded(kv_cache_gib=0.25)
+    engine = VLLMEmbedded(kv_cache_gib=0.25, max_restarts=0)
     engine.start(EngineSpec(tiny_model_dir, max_model_len=512))
-    pid = engine._child.pid
+    pid = engine._process.child.pid
     used = cpu_seconds(pid)
     time.sleep(1)
     assert cpu_seconds(pid) - used <= 0.05, "an idle engine takes no processor time"
@@ -111,7 +111,16 @@ def test_without_vllm_the_error_says_what_to_install(tiny_model_dir: str, monkey
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kv_cache_gib": 0}, {"gpu_memory_utilization": 1.5}, {"max_num_seqs": 0}, {"threads": 0}, {"startup_timeout": 0}],
+    [
+        {"kv_cache_gib": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"max_num_seqs": 0},
+        {"threads": 0},
+        {"startup_timeout": 0},
+        {"max_restarts": -1},
+        {"weights": "nccl"},
+        {"bucket_mib": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -157,3 +166,39 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert list(temporary.iterdir()) == []
         if pipe_stays_open:
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_after_a_restart_the_log_goes_on_and_an_interrupted_parent_leaves_nothing(temporary: Path) -> None:
+    program = f"""
+import os, signal
+from dppo_lightning.rollout.child_process import ChildDied, ChildProcess
+child = ChildProcess({WORKER!r}, os.environ, [0])
+pids = [child.pid]
+for _ in range(2):
+    os.kill(child.pid, signal.SIGKILL)
+    try:
+        child.receive(None)
+    except ChildDied as death:
+        print(death, flush=True)
+    with child.log.open("a") as log:
+        log.write("a line that the dead one said\\n")
+    child.restart()
+    pids.append(child.pid)
+print(*pids, child.log.read_text().count("dead one"), flush=True)
+child.receive(None)
+"""
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        for _ in range(2):
+            assert parent.stdout.readline().endswith("killed by SIGKILL; it last said: nothing\n")
+        *pids, lines = map(int, parent.stdout.readline().split())
+        assert lines == 2
+        assert [running(pid) for pid in pids] == [False, False, True]
+        parent.send_signal(signal.SIGINT)
+        parent.wait()
+    assert not running(pids[-1])
+    assert list(temporary.iterdir()) == []
