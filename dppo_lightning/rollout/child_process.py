@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -135,12 +136,10 @@ def _stop(process: subprocess.Popen[bytes], pipe: Connection, folder: Path, owne
     if os.getpid() != owner:
         return
     pipe.close()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the child leads a session: what it started goes too
-        process.wait()
+    _end_session(process.pid)  # also when the child is dead: what it started may live
+    process.wait()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -189,4 +188,20 @@ def _end_with(parent: int) -> None:
 
 def _leave() -> None:
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    if os.getsid(0) == os.getpid():
+        _end_session(os.getpid())
     os._exit(0)
+
+
+def _end_session(leader: int) -> None:
+    """Kill what a child has started, which is in the session that it leads.
+
+    Killed processes leave the named semaphores of ``multiprocessing`` behind, and so does its tracker, killed too.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(process.name)) == leader:
+                for semaphore in re.findall(r"/dev/shm/sem\.mp-\w+", (process / "maps").read_text()):
+                    Path(semaphore).unlink(missing_ok=True)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
