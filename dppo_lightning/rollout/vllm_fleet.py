@@ -151,7 +151,7 @@ class Fleet:
         self._dispatch()
 
     async def hold(self, weights: Weights) -> list[Server]:
-        """Stop generating, for an update that the caller makes and ``release`` ends; returns the servers that are up."""
+        """Stop generating, for an update of the caller's that ``release`` ends; returns the servers that are up."""
         self.weights = weights
         self._updating = True
         await self._each_up(lambda server: server.client.pause(keep=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from dppo_lightning.rollout.vllm_http import ServerClient, ServerFault
 
 LAUNCHER = "dppo_lightning.rollout.vllm_launcher"
 EXTENSION = "dppo_lightning.rollout.vllm_extension"
+
+LONGEST_TMPDIR = 107 - len("/dppo-12345678/") - 36
+"""The path of a socket has at most 107 characters; vLLM names them by a UUID, in the child's folder."""
 
 
 @dataclass(eq=False)
@@ -103,6 +107,9 @@ class LocalServer:
     def start(self) -> str:
         """Begin to load; returns the URL at which the server will answer."""
         self.close()
+        folder = tempfile.gettempdir()
+        if len(folder) > LONGEST_TMPDIR:
+            raise ServerFault(f"vLLM's sockets need a shorter path than {folder}/...: set TMPDIR to a shorter one")
         port = free_port()
         self._child = ChildProcess(LAUNCHER, self._environment, name="vLLM server")
         self._child.send("start", {**self._settings, **SERVING, "host": "127.0.0.1", "port": port})
