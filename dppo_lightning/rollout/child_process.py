@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import shutil
 import signal
 import socket
@@ -196,12 +195,18 @@ def _leave() -> None:
 def _end_session(leader: int) -> None:
     """Kill what a child has started, which is in the session that it leads.
 
-    Killed processes leave the named semaphores of ``multiprocessing`` behind, and so does its tracker, killed too.
+    Killed processes leave the named semaphores of ``multiprocessing`` behind, as its tracker is killed too. They are
+    told by their inodes: a process sees what it created under a name that is gone.
     """
+    inodes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.getsid(int(process.name)) == leader:
-                for semaphore in re.findall(r"/dev/shm/sem\.mp-\w+", (process / "maps").read_text()):
-                    Path(semaphore).unlink(missing_ok=True)
+                lines = (process / "maps").read_text().splitlines()
+                inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
+    for semaphore in Path("/dev/shm").glob("sem.mp-*"):
+        with contextlib.suppress(OSError):
+            if semaphore.stat().st_ino in inodes:
+                semaphore.unlink()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)

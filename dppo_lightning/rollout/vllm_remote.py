@@ -24,7 +24,7 @@ from dppo_lightning.errors import ConfigError, EngineError
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
-from dppo_lightning.rollout.native_transfer import NATIVE_SETTINGS, NativeTransfer
+from dppo_lightning.rollout.nccl_transfer import NCCL_SETTINGS, NCCLTransfer
 from dppo_lightning.rollout.vllm_fleet import Fleet, Limits, Weights
 from dppo_lightning.rollout.vllm_http import ServerClient
 from dppo_lightning.rollout.vllm_identity import Identity
@@ -115,7 +115,7 @@ class VLLMRemote(RolloutEngine):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._file: WeightFile | None = None
         self._probe: WeightFile | None = None
-        self._transfer: NativeTransfer | None = None
+        self._transfer: NCCLTransfer | None = None
         self._reset()
 
     def _check_ranges(self) -> None:
@@ -206,7 +206,7 @@ class VLLMRemote(RolloutEngine):
             self._expected = ExpectedWeights.of(spec.model)  # while the servers load
             starting.result()
             if self.weights == "native":
-                self._transfer = NativeTransfer([server.client for server in self._fleet.servers], self._loop)
+                self._transfer = NCCLTransfer([server.client for server in self._fleet.servers], self._loop)
         except BaseException:
             self.close()
             raise
@@ -245,7 +245,7 @@ class VLLMRemote(RolloutEngine):
         )
         settings |= {"max_logprobs": self._identity.needed_logprobs, "served_model_name": self._spec.model}
         if self.weights == "native":
-            settings |= NATIVE_SETTINGS
+            settings |= NCCL_SETTINGS
         return LocalServer(settings, child_environment(self._spec, self.enforce_eager, self.threads), self._key)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -345,7 +345,7 @@ class VLLMRemote(RolloutEngine):
         return len(file.shapes), file.bytes
 
     def _update_native(
-        self, fleet: Fleet, transfer: NativeTransfer, named_tensors: Iterable[tuple[str, Tensor]], version: int
+        self, fleet: Fleet, transfer: NCCLTransfer, named_tensors: Iterable[tuple[str, Tensor]], version: int
     ) -> tuple[int, int]:
         weights = [(name, tensor.detach()) for name, tensor in self._expected.once(named_tensors)]
         self._expected.check({name: tensor.shape for name, tensor in weights})

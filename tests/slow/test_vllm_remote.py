@@ -81,10 +81,11 @@ def session_of(pid: int) -> list[int]:
     return found
 
 
-def semaphores_of(session: int) -> list[str]:
-    """Files of shared memory that processes of a session have open by name."""
-    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in session_of(session)]
-    return [name for text in maps for name in re.findall(r"/dev/shm/\S+", text) if Path(name).exists()]
+def semaphores_of(session: int) -> list[Path]:
+    """Of ``multiprocessing``, that processes of a session hold."""
+    lines = [line for pid in session_of(session) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    inodes = {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
+    return [path for path in Path("/dev/shm").glob("sem.mp-*") if path.stat().st_ino in inodes]
 
 
 def test_an_update_reaches_both_servers(two: Case) -> None:
@@ -129,7 +130,7 @@ def test_when_restarts_are_used_up_the_error_names_every_server(two: Case) -> No
     fleet.limits = replace(fleet.limits, restarts=0)
     two.engine.submit(LONGS)
     pids = [server.local.pid for server in fleet.servers]
-    semaphores = [name for pid in pids for name in semaphores_of(pid)]
+    semaphores = [path for pid in pids for path in semaphores_of(pid)]
     assert semaphores
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -143,7 +144,7 @@ def test_when_restarts_are_used_up_the_error_names_every_server(two: Case) -> No
     two.engine.close()
     assert time.perf_counter() - began < 5
     assert [session_of(pid) for pid in pids] == [[], []]
-    assert not any(Path(name).exists() for name in semaphores)
+    assert not any(path.exists() for path in semaphores)
 
 
 @pytest.fixture(scope="module")
@@ -239,4 +240,4 @@ time.sleep(60)
             trainer.wait()
             wait_until(lambda: session_of(pid) == [], 5)
         assert os.listdir(folder) == []
-    assert not any(Path(name).exists() for name in semaphores)
+    assert not any(path.exists() for path in semaphores)

@@ -1,4 +1,4 @@
-"""NativeTransfer: vLLM's own weight transfer, from the trainer's GPU to those of the servers over NCCL.
+"""NCCLTransfer: vLLM's own weight transfer, from the trainer's GPU to those of the servers over NCCL.
 
 Written against the interface of vLLM 0.32; it needs GPUs and has not run on hardware.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from dppo_lightning.errors import EngineError
 from dppo_lightning.rollout.vllm_http import ServerClient, ServerFault
 
-NATIVE_SETTINGS = {"weight_transfer_config": '{"backend": "nccl"}'}
+NCCL_SETTINGS = {"weight_transfer_config": '{"backend": "nccl"}'}
 """What a server must be started with."""
 
 
-class NativeTransfer:
+class NCCLTransfer:
     """One NCCL group: the trainer is rank 0, the workers of all servers follow. It is built at the first ``send``.
 
     Args:
@@ -92,7 +92,7 @@ class NativeTransfer:
 class _Everyone:
     """All servers as the one that vLLM's trainer side speaks to."""
 
-    def __init__(self, transfer: NativeTransfer, sizes: Sequence[int]) -> None:
+    def __init__(self, transfer: NCCLTransfer, sizes: Sequence[int]) -> None:
         self._transfer = transfer
         self._sizes = list(sizes)
 
