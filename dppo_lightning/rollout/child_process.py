@@ -135,10 +135,12 @@ def _stop(process: subprocess.Popen[bytes], pipe: Connection, folder: Path, owne
     if os.getpid() != owner:
         return
     pipe.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         process.wait(timeout=2)
-    _end_session(process.pid)  # also when the child is dead: what it started may live
-    process.wait()
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the child leads a session: what it started goes too
+        process.wait()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -188,11 +190,11 @@ def _end_with(parent: int) -> None:
 def _leave() -> None:
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     if os.getsid(0) == os.getpid():
-        _end_session(os.getpid())
+        end_session(os.getpid())
     os._exit(0)
 
 
-def _end_session(leader: int) -> None:
+def end_session(leader: int) -> None:
     """Kill what a child has started, which is in the session that it leads.
 
     Killed processes leave the named semaphores of ``multiprocessing`` behind, as its tracker is killed too. They are

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dppo_lightning.errors import EngineError
-from dppo_lightning.rollout.child_process import ChildProcess
+from dppo_lightning.rollout.child_process import ChildProcess, end_session
 from dppo_lightning.rollout.engine import Request
 from dppo_lightning.rollout.vllm_http import ServerClient, ServerFault
 
@@ -127,6 +127,7 @@ class LocalServer:
     def close(self) -> None:
         if self._child is not None:
             self._child.close()
+            end_session(self._child.pid)  # a server that was killed leaves its engine behind
         self._child = None
 
 
