@@ -45,6 +45,7 @@ from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
+from dppo_lightning.rollout.vllm_remote import VLLMRemote  # noqa: F401  # known by its short name
 
 # in the environment, so that the ranks that Lightning starts have the same run directory
 STARTED = os.environ.setdefault("DPPO_STARTED", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")

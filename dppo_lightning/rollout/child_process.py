@@ -235,4 +235,26 @@ def _end_with(parent: int) -> None:
 
 def _leave() -> None:
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    if os.getsid(0) == os.getpid():
+        end_session(os.getpid())
     os._exit(0)
+
+
+def end_session(leader: int) -> None:
+    """Kill what a child has started, which is in the session that it leads.
+
+    Killed processes leave the named semaphores of ``multiprocessing`` behind, as its tracker is killed too. They are
+    told by their inodes: a process sees what it created under a name that is gone.
+    """
+    inodes = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(process.name)) == leader:
+                lines = (process / "maps").read_text().splitlines()
+                inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
+    for semaphore in Path("/dev/shm").glob("sem.mp-*"):
+        with contextlib.suppress(OSError):
+            if semaphore.stat().st_ino in inodes:
+                semaphore.unlink()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dppo_lightning.errors import SyncError
@@ -31,6 +32,15 @@ class ExpectedWeights:
             model = AutoModelForCausalLM.from_config(load_config(name))
         model.tie_weights()
         return cls(model)
+
+    def once(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Of tied parameters one, under the name that comes first in the model."""
+        sent = set()
+        for given, tensor in named_tensors:
+            name = self.canonical.get(given, given)
+            if name not in sent:
+                sent.add(name)
+                yield name, tensor
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Compare names and shapes; of tied parameters any one name will do.

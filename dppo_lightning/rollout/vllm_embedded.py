@@ -7,7 +7,6 @@ process group; so it lives in a child (vllm_worker.py), and the trainer never im
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,22 +25,10 @@ from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, R
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
 from dppo_lightning.rollout.shared_tensors import SharedBlock
 from dppo_lightning.rollout.supervision import EngineProcess
+from dppo_lightning.rollout.vllm_settings import ENVIRONMENT as ENVIRONMENT
+from dppo_lightning.rollout.vllm_settings import child_environment, engine_settings
 
 WORKER = "dppo_lightning.rollout.vllm_worker"
-
-ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # spinning OpenMP threads take the cores from the trainer, and from vLLM itself
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the process of its own already
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-NOT_INHERITED = (
-    # The trainer's place among its ranks: vLLM's own process group has one member.
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    "VLLM_CPU_KVCACHE_SPACE",  # would override kv_cache_gib
-)
 
 
 class VLLMEmbedded(RolloutEngine):
@@ -154,39 +141,15 @@ class VLLMEmbedded(RolloutEngine):
         self._process.wait_until_ready()
 
     def _environment(self, spec: EngineSpec) -> dict[str, str]:
-        """Of the child; the trainer's own is left as it is."""
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED} | ENVIRONMENT
-        package = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        if self.enforce_eager:
-            # Otherwise the first request that asks for log-probs compiles a small kernel for seconds.
-            environment["TORCHDYNAMO_DISABLE"] = "1"
-        if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
-        if Path(spec.model).is_dir():
-            environment["HF_HUB_OFFLINE"] = "1"
-        return environment
+        return child_environment(spec, self.enforce_eager, self.threads)
 
     def _settings(self, spec: EngineSpec) -> dict[str, Any]:
         """Arguments of vLLM's EngineArgs."""
-        return {
-            "model": spec.model,
-            "dtype": spec.dtype,
-            "max_model_len": spec.max_model_len,
-            "max_logprobs": max(spec.max_logprobs, 1),
-            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": True,
-            "generation_config": "vllm",  # nothing in the model's folder may change how tokens are drawn
-            "max_num_seqs": self.max_num_seqs,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "kv_cache_memory_bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30),
-            "enforce_eager": self.enforce_eager,
-            "seed": spec.seed % 2**32,
-            "disable_log_stats": True,
-            **adapters.engine_settings(self.adapter_rank),
-            "weight_transfer_config": native_transfer.CONFIG if self.weights == "ipc" else None,
-        }
+        settings = engine_settings(
+            spec, self.kv_cache_gib, self.gpu_memory_utilization, self.max_num_seqs, self.enforce_eager
+        )
+        transfer = {"weight_transfer_config": native_transfer.CONFIG if self.weights == "ipc" else None}
+        return settings | adapters.engine_settings(self.adapter_rank) | transfer
 
     def submit(self, requests: Sequence[Request]) -> None:
         process = self._running()

@@ -19,6 +19,7 @@ from dppo_lightning.rollout.engine import EngineSpec, Failed, RolloutEngine
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.rollout.vllm_remote import VLLMRemote
 
 from .engine_case import LONG, LONGS, PROMPT, Case, ask, changed, error, forward_logp, weights
 
@@ -29,11 +30,13 @@ ENGINES: dict[str, Callable[[], RolloutEngine]] = {
     ),
     "transformers": TransformersEngine,
     "vllm": lambda: VLLMEmbedded(kv_cache_gib=0.25),
+    "remote": lambda: VLLMRemote(kv_cache_gib=0.25),
 }
 WITHOUT_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 REAL = [
     *("transformers-tied", "transformers-untied"),
     *(pytest.param(f"vllm-{kind}", marks=WITHOUT_VLLM) for kind in ("tied", "untied")),
+    *(pytest.param(f"remote-{kind}", marks=[WITHOUT_VLLM, pytest.mark.slow]) for kind in ("tied", "untied")),
 ]
 every_engine = pytest.mark.parametrize("case", ["scripted-tied", *REAL], indirect=True)
 real_engines = pytest.mark.parametrize("case", REAL, indirect=True)
@@ -195,7 +198,7 @@ def test_an_update_forgets_cached_prefixes(case: Case) -> None:
             assert error(model, completion, prompt) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["transformers-tied", pytest.param("vllm-tied", marks=WITHOUT_VLLM)], indirect=True)
+@pytest.mark.parametrize("case", [name for name in REAL if "untied" not in str(name)], indirect=True)
 @pytest.mark.parametrize(
     "names", [{"model.embed_tokens.weight"}, {"lm_head.weight"}, {"model.embed_tokens.weight", "lm_head.weight"}]
 )
