@@ -1,4 +1,4 @@
-"""The command line: ``dppo fit | validate | test | generate | prepare``."""
+"""The command line: ``dppo fit | validate | test | generate | prepare | slurm``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dppo_lightning import trust_region
 from dppo_lightning.advantage import AdvantageEstimator
@@ -33,6 +33,7 @@ from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.generation import GeneratingTrainer
+from dppo_lightning.metrics_file import MetricsFile
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prepare import prepare
 from dppo_lightning.prompts import PromptSource
@@ -40,8 +41,13 @@ from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
+from dppo_lightning.scaling.requeue import Requeued, checkpoint_to_continue
+from dppo_lightning.scaling.slurm import Job, submit
+from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir
 
-DEFAULT_RUN_DIR = f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+DEFAULT_RUN_DIR = default_run_dir(os.environ) or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+log = logging.getLogger(__name__)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -76,6 +82,7 @@ class DPPOCommandLine(LightningCLI):
     """LightningCLI with a run directory, the callbacks that every run has, and ``generate``."""
 
     def __init__(self, args: list[str]) -> None:
+        self.slurm = SlurmRun(os.environ)
         super().__init__(
             DPPOModule,
             RolloutDataModule,
@@ -99,6 +106,7 @@ class DPPOCommandLine(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
+        parser._subcommands_action.add_subcommand("slurm", slurm_parser(), help="Submit a run to SLURM.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
@@ -108,14 +116,31 @@ class DPPOCommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+        if self.subcommand != "generate":
+            self.slurm.check(self._get(self.config, "trainer"))
+        if self.subcommand == "fit" and self._continues() is None:
             check_unused(Path(self._get(self.config, "run_dir")))
+
+    def _continues(self) -> str | None:
+        """Checkpoint that ``fit`` goes on from: the one that is asked for, or that a requeued job has saved."""
+        asked = self._get(self.config, "ckpt_path")
+        if asked is not None:
+            return asked
+        saved = checkpoint_to_continue(os.environ, Path(self._get(self.config, "run_dir")))
+        return None if saved is None else str(saved)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and arguments.get("ckpt_path") is None and (found := self._continues()) is not None:
+            log.info(f"SLURM has started this job again: the run goes on from {found}")
+            arguments["ckpt_path"] = found
+        return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except DPPOError:
-            if subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+            if subcommand == "fit" and self._continues() is None:
                 discard_unless_begun(Path(self._get(self.config, "run_dir")))
             raise
 
@@ -128,7 +153,7 @@ class DPPOCommandLine(LightningCLI):
         configured = config.get("logger")
         more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
         loggers = [
-            CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1),
+            MetricsFile(run_dir, name="", version="", flush_logs_every_n_steps=1),
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             *more,
         ]
@@ -136,7 +161,10 @@ class DPPOCommandLine(LightningCLI):
         if config.get("enable_progress_bar") is False:
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
         callbacks = [*(config.get("callbacks") or []), *standard]
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        if self.subcommand == "fit":
+            callbacks += self.slurm.callbacks(callbacks)
+        plugins = self.slurm.plugins(config.get("plugins"))
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
 
 def standard_callbacks() -> list[pl.Callback]:
@@ -150,6 +178,27 @@ def prepare_parser() -> LightningArgumentParser:
     parser.add_argument("name", type=Literal["tiny", "smollm2"], help="Which model.")
     parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
     return parser
+
+
+def slurm_parser() -> LightningArgumentParser:
+    """Parser of ``dppo slurm``; what follows ``--`` goes to ``dppo fit``."""
+    parser = OneLineParser(prog="dppo slurm", description="Write a run's batch script and submit it.")
+    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
+    parser.add_class_arguments(Job, skip={"config", "options", "python"})
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the script, submit nothing.")
+    return parser
+
+
+def slurm(arguments: list[str]) -> None:
+    """Run ``dppo slurm``."""
+    own, options = arguments, []
+    if "--" in arguments:
+        place = arguments.index("--")
+        own, options = arguments[:place], arguments[place + 1 :]
+    own = [re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in own]
+    chosen = slurm_parser().parse_args(own).as_dict()
+    dry_run = chosen.pop("dry_run")
+    submit(Job(**chosen, options=options, python=sys.executable), dry_run)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
@@ -221,8 +270,12 @@ def main(args: list[str] | None = None) -> None:
             if arguments[:1] == ["prepare"]:
                 chosen = prepare_parser().parse_args(arguments[1:])
                 prepare(chosen.name, chosen.out)
+            elif arguments[:1] == ["slurm"]:
+                slurm(arguments[1:])
             else:
                 DPPOCommandLine(arguments)
+    except Requeued as stop:
+        print(stop, flush=True)
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:

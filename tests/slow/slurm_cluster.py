@@ -3,8 +3,8 @@
     python tests/slow/slurm_cluster.py sinfo
     python tests/slow/slurm_cluster.py --nodes 2 bash
 
-brings up munged, slurmctld and one slurmd for each node, runs the command against them (``SLURM_CONF`` is set) and takes
-everything down again. Without a command it prints the path of slurm.conf and stays until its input ends, so a cluster
+brings up munged, slurmctld and one slurmd for each node, runs the command against them (``SLURM_CONF`` is set) and
+takes everything down again. Without a command it prints the path of slurm.conf and stays until its input ends, so a cluster
 never outlives the process that started it.
 
 Nothing is installed as a service and nothing outside one temporary folder is written: a munged that runs already, a
@@ -77,7 +77,9 @@ def main() -> int:
         install_if_missing()
         with cluster(chosen.nodes, chosen.cpus) as conf:
             if chosen.command:
-                return subprocess.run(chosen.command, env=os.environ | {"SLURM_CONF": str(conf)}, check=False).returncode
+                return subprocess.run(
+                    chosen.command, env=os.environ | {"SLURM_CONF": str(conf)}, check=False
+                ).returncode
             print(conf, flush=True)
             sys.stdin.read()
     except ClusterError as error:
@@ -101,7 +103,9 @@ def install_if_missing() -> None:
         return
     what = f"SLURM is not installed ({', '.join(missing)} missing)"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise ClusterError(f"{what}: apt-get install {' '.join(PACKAGES)}, or set DPPO_NO_SLURM=1 to skip what needs it")
+        raise ClusterError(
+            f"{what}: apt-get install {' '.join(PACKAGES)}, or set DPPO_NO_SLURM=1 to skip what needs it"
+        )
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
     for command in (install, ["apt-get", "update"], install):
@@ -196,8 +200,12 @@ def check_alive(folder: Path, daemons: list[subprocess.Popen[bytes]], deadline: 
     dead = [daemon for daemon in daemons if daemon.poll() is not None]
     if not dead and time.monotonic() < deadline:
         return
-    said = [line for path in sorted(folder.glob("*.log")) for line in path.read_text(errors="replace").splitlines()[-2:]]
-    printed = [line for path in sorted(folder.glob("*.out")) for line in path.read_text(errors="replace").splitlines()[-2:]]
+    said = [
+        line for path in sorted(folder.glob("*.log")) for line in path.read_text(errors="replace").splitlines()[-2:]
+    ]
+    printed = [
+        line for path in sorted(folder.glob("*.out")) for line in path.read_text(errors="replace").splitlines()[-2:]
+    ]
     which = f"{Path(dead[0].args[0]).name} ended" if dead else f"not ready after {START_SECONDS} s"  # type: ignore[index]
     raise ClusterError(f"the SLURM cluster did not start, {which}: {' | '.join(printed + said) or 'no message'}")
 
