@@ -1,4 +1,4 @@
-"""The command line: ``dppo fit | validate | test | generate | prepare | slurm``."""
+"""The command line: ``dppo fit | validate | test | generate | prepare | slurm | doctor``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from dppo_lightning.callbacks.progress import RunProgressBar
 from dppo_lightning.callbacks.run_record import RunRecord, check_unused, discard_unless_begun
 from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
+from dppo_lightning.doctor import doctor
 from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.metrics_file import MetricsFile
@@ -107,6 +108,7 @@ class DPPOCommandLine(LightningCLI):
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
         parser._subcommands_action.add_subcommand("slurm", slurm_parser(), help="Submit a run to SLURM.")
+        parser._subcommands_action.add_subcommand("doctor", doctor_parser(), help="Check this machine, size a recipe.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
@@ -185,8 +187,46 @@ def slurm_parser() -> LightningArgumentParser:
     parser = OneLineParser(prog="dppo slurm", description="Write a run's batch script and submit it.")
     parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
     parser.add_class_arguments(Job, skip={"config", "options", "python"})
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the script, submit nothing.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the script, submit nothing.")
     return parser
+
+
+class RecipeReader(DPPOCommandLine):
+    """Parses the arguments of ``dppo fit`` and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def doctor_parser() -> LightningArgumentParser:
+    """Parser of ``dppo doctor``."""
+    parser = OneLineParser(prog="dppo doctor", description="Check this machine, and size a recipe.")
+    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
+    parser.add_argument("--gpus", type=int, help="GPUs to size the recipe for.")
+    parser.add_argument("--gpu_memory_gib", type=float, help="Memory of each.")
+    return parser
+
+
+def examine(arguments: list[str]) -> None:
+    """Run ``dppo doctor``; exits with code 1 when something fails."""
+    chosen = doctor_parser().parse_args(underscored(arguments))
+    recipe = None
+    if chosen.config:
+        given = [word for path in chosen.config for word in ("--config", path)]
+        recipe = RecipeReader(["fit", *given]).config.fit.as_dict()
+    if not doctor(recipe, chosen.gpus, chosen.gpu_memory_gib):
+        sys.exit(1)
+
+
+def underscored(words: list[str]) -> list[str]:
+    """Options as this command line spells them: --dry_run for --dry-run."""
+    return [re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in words]
 
 
 def slurm(arguments: list[str]) -> None:
@@ -195,8 +235,7 @@ def slurm(arguments: list[str]) -> None:
     if "--" in arguments:
         place = arguments.index("--")
         own, options = arguments[:place], arguments[place + 1 :]
-    own = [re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in own]
-    chosen = slurm_parser().parse_args(own).as_dict()
+    chosen = slurm_parser().parse_args(underscored(own)).as_dict()
     dry_run = chosen.pop("dry_run")
     submit(Job(**chosen, options=options, python=sys.executable), dry_run)
 
@@ -272,6 +311,8 @@ def main(args: list[str] | None = None) -> None:
                 prepare(chosen.name, chosen.out)
             elif arguments[:1] == ["slurm"]:
                 slurm(arguments[1:])
+            elif arguments[:1] == ["doctor"]:
+                examine(arguments[1:])
             else:
                 DPPOCommandLine(arguments)
     except Requeued as stop:

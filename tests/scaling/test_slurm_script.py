@@ -29,10 +29,9 @@ def directives(script: str) -> dict[str, str]:
 @pytest.fixture
 def asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(ROOT)
-    main(
-        f"slurm --nodes 3 --gpus-per-node 4 --time 2-00:00:00 --config {RECIPE}"
-        " --config configs/smollm2_arithmetic.yaml --partition a100 --signal-seconds 300 --dry-run -- --trainer.max_steps 7 --model.policy=a'b".split()
-    )
+    words = f"slurm --nodes 3 --gpus-per-node 4 --time 2-00:00:00 --config {RECIPE} --partition a100"
+    more = "--config configs/smollm2_arithmetic.yaml --signal-seconds 300 --dry-run"
+    main(f"{words} {more} -- --trainer.max_steps 7 --model.policy=a'b".split())
     return capsys.readouterr().out
 
 

@@ -4,8 +4,8 @@
     python tests/slow/slurm_cluster.py --nodes 2 bash
 
 brings up munged, slurmctld and one slurmd for each node, runs the command against them (``SLURM_CONF`` is set) and
-takes everything down again. Without a command it prints the path of slurm.conf and stays until its input ends, so a cluster
-never outlives the process that started it.
+takes everything down again. Without a command it prints the path of slurm.conf and stays until its input ends, so a
+cluster never outlives the process that started it.
 
 Nothing is installed as a service and nothing outside one temporary folder is written: a munged that runs already, a
 /run/munge that is missing, and a machine without systemd make no difference. Everything listens on 127.0.0.1. What is
