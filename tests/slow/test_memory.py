@@ -15,7 +15,7 @@ from dppo_lightning.prepare import prepare
 PROMPT, NEW, ROWS = 64, 64, 4
 
 STEP = """
-import json, resource, sys
+import json, re, sys
 import numpy as np, torch
 from dppo_lightning.batch import Sequence, pack
 from dppo_lightning.objective import Objective, ReferenceKL
@@ -25,15 +25,15 @@ from dppo_lightning.trust_region import BinaryTV
 model, checkpointing, prompt, new, rows = sys.argv[1], sys.argv[2] == "True", *map(int, sys.argv[3:])
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # of this program alone: getrusage would begin with the peak of the process that started it
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 
 before = peak()
 policy = Policy(model, gradient_checkpointing=checkpointing)
 optimizer = torch.optim.AdamW(policy.parameters(), foreach=False)
 ids = np.random.default_rng(0).integers(0, 49152, (rows, prompt + new))
-sequences = [
-    Sequence(row, np.arange(prompt, prompt + new), np.full(new, -9.0, np.float32), np.zeros(new, int), 1.0) for row in ids
-]
+logp, versions = np.full(new, -9.0, np.float32), np.zeros(new, int)
+sequences = [Sequence(row, np.arange(prompt, prompt + new), logp, versions, 1.0) for row in ids]
 for _ in range(2):
     batch = pack(sequences, np.full(rows, 1e-3), policy.layout)
     policy.head(policy.hidden_states(batch), batch, Objective(BinaryTV(), ReferenceKL(), 0.0)).loss.backward()
@@ -67,4 +67,4 @@ def test_a_step_of_smollm2_peaks_about_where_it_is_said_to(smollm2: str, checkpo
     )
     measured = json.loads(done.stdout.splitlines()[-1])
     print(f"estimated {said / MIB:,.0f} MiB, measured {measured / MIB:,.0f} MiB")
-    assert 0.6 < said / measured < 1.6
+    assert 0.7 < said / measured < 1.4
