@@ -1,4 +1,4 @@
-"""The command line: ``dppo fit | validate | test | generate | prepare | export``."""
+"""The command line: ``dppo fit | validate | test | generate | prepare | export | slurm | doctor``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dppo_lightning import trust_region
 from dppo_lightning.advantage import AdvantageEstimator
@@ -35,9 +35,11 @@ from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.callbacks.timeline_log import TimelineLog
 from dppo_lightning.callbacks.utilisation import Utilisation
+from dppo_lightning.doctor import doctor
 from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.export import export
 from dppo_lightning.generation import GeneratingTrainer
+from dppo_lightning.metrics_file import MetricsFile
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prepare import prepare
 from dppo_lightning.prompts import PromptSampler, PromptSource
@@ -46,10 +48,15 @@ from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
 from dppo_lightning.rollout.vllm_remote import VLLMRemote  # noqa: F401  # known by its short name
+from dppo_lightning.scaling.requeue import Requeued, checkpoint_to_continue
+from dppo_lightning.scaling.slurm import Job, submit
+from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir
 
 # in the environment, so that the ranks that Lightning starts have the same run directory
 STARTED = os.environ.setdefault("DPPO_STARTED", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-DEFAULT_RUN_DIR = f"runs/{STARTED}"
+DEFAULT_RUN_DIR = default_run_dir(os.environ) or f"runs/{STARTED}"
+
+log = logging.getLogger(__name__)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -85,6 +92,7 @@ class DPPOCommandLine(LightningCLI):
     """LightningCLI with a run directory, the callbacks that every run has, and ``generate``."""
 
     def __init__(self, args: list[str]) -> None:
+        self.slurm = SlurmRun(os.environ)
         super().__init__(
             DPPOModule,
             RolloutDataModule,
@@ -109,6 +117,8 @@ class DPPOCommandLine(LightningCLI):
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
         parser._subcommands_action.add_subcommand("export", export_parser(), help="Write a trained model.")
+        parser._subcommands_action.add_subcommand("slurm", slurm_parser(), help="Submit a run to SLURM.")
+        parser._subcommands_action.add_subcommand("doctor", doctor_parser(), help="Check this machine, size a recipe.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
@@ -119,14 +129,31 @@ class DPPOCommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+        if self.subcommand != "generate":
+            self.slurm.check(self._get(self.config, "trainer"))
+        if self.subcommand == "fit" and self._continues() is None:
             check_unused(Path(self._get(self.config, "run_dir")))
+
+    def _continues(self) -> str | None:
+        """Checkpoint that ``fit`` goes on from: the one that is asked for, or that a requeued job has saved."""
+        asked = self._get(self.config, "ckpt_path")
+        if asked is not None:
+            return asked
+        saved = checkpoint_to_continue(os.environ, Path(self._get(self.config, "run_dir")))
+        return None if saved is None else str(saved)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and arguments.get("ckpt_path") is None and (found := self._continues()) is not None:
+            log.info(f"SLURM has started this job again: the run goes on from {found}")
+            arguments["ckpt_path"] = found
+        return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except DPPOError:
-            if subcommand == "fit" and self._get(self.config, "ckpt_path") is None:
+            if subcommand == "fit" and self._continues() is None:
                 discard_unless_begun(Path(self._get(self.config, "run_dir")))
             raise
 
@@ -139,7 +166,7 @@ class DPPOCommandLine(LightningCLI):
         configured = config.get("logger")
         more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
         loggers = [
-            CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1),
+            MetricsFile(run_dir, name="", version="", flush_logs_every_n_steps=1),
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             *more,
         ]
@@ -148,8 +175,11 @@ class DPPOCommandLine(LightningCLI):
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
         traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
         callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
+        if self.subcommand == "fit":
+            callbacks += self.slurm.callbacks(callbacks)
+        plugins = self.slurm.plugins(config.get("plugins"))
         try:
-            return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+            return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
         except (ValueError, MisconfigurationException) as error:  # a strategy or device that Lightning does not know
             line = " ".join(str(error).split())
             raise ConfigError(f"trainer: {line}; configs/scaling/ has pieces that work") from error
@@ -187,6 +217,64 @@ def export_parser() -> LightningArgumentParser:
     parser.add_argument("--adapter", action="store_true", help="Write LoRA adapters alone, in peft's format.")
     parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Of the weights.")
     return parser
+
+
+def slurm_parser() -> LightningArgumentParser:
+    """Parser of ``dppo slurm``; what follows ``--`` goes to ``dppo fit``."""
+    parser = OneLineParser(prog="dppo slurm", description="Write a run's batch script and submit it.")
+    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
+    parser.add_class_arguments(Job, skip={"config", "options", "python"})
+    parser.add_argument("--dry_run", action="store_true", help="Print the script, submit nothing.")
+    return parser
+
+
+class RecipeReader(DPPOCommandLine):
+    """Parses the arguments of ``dppo fit`` and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def doctor_parser() -> LightningArgumentParser:
+    """Parser of ``dppo doctor``."""
+    parser = OneLineParser(prog="dppo doctor", description="Check this machine, and size a recipe.")
+    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
+    parser.add_argument("--gpus", type=int, help="GPUs to size the recipe for.")
+    parser.add_argument("--gpu_memory_gib", type=float, help="Memory of each.")
+    return parser
+
+
+def examine(arguments: list[str]) -> None:
+    """Run ``dppo doctor``; exits with code 1 when something fails."""
+    chosen = doctor_parser().parse_args(underscored(arguments))
+    recipe = None
+    if chosen.config:
+        given = [word for path in chosen.config for word in ("--config", path)]
+        recipe = RecipeReader(["fit", *given]).config.fit.as_dict()
+    if not doctor(recipe, chosen.gpus, chosen.gpu_memory_gib):
+        sys.exit(1)
+
+
+def underscored(words: list[str]) -> list[str]:
+    """Options as this command line spells them: --dry_run for --dry-run."""
+    return [re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in words]
+
+
+def slurm(arguments: list[str]) -> None:
+    """Run ``dppo slurm``."""
+    own, options = arguments, []
+    if "--" in arguments:
+        place = arguments.index("--")
+        own, options = arguments[:place], arguments[place + 1 :]
+    chosen = slurm_parser().parse_args(underscored(own)).as_dict()
+    dry_run = chosen.pop("dry_run")
+    submit(Job(**chosen, options=options, python=sys.executable), dry_run)
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
@@ -263,8 +351,14 @@ def main(args: list[str] | None = None) -> None:
             elif arguments[:1] == ["export"]:
                 chosen = export_parser().parse_args(arguments[1:])
                 export(chosen.run, chosen.out, chosen.checkpoint, chosen.adapter, chosen.dtype)
+            elif arguments[:1] == ["slurm"]:
+                slurm(arguments[1:])
+            elif arguments[:1] == ["doctor"]:
+                examine(arguments[1:])
             else:
                 DPPOCommandLine(arguments)
+    except Requeued as stop:
+        print(stop, flush=True)
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:

@@ -1,0 +1,279 @@
+"""How much memory a recipe needs on each GPU, worked out from the model's config without loading the model.
+
+An estimate, for deciding what to switch on before a job is submitted: every formula is in the docstring of the function
+that has it. It counts the largest micro-batch there can be (every completion as long as allowed, no prompt shared), so
+a run usually needs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dppo_lightning.policy import load_config
+
+MIB, GIB = 2**20, 2**30
+CUDA_CONTEXT = 1 * GIB
+"""Context, kernels and libraries of one process, and what the allocator cannot use: a round figure."""
+
+EngineKind = Literal["vllm", "transformers", "elsewhere"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides over memory.
+
+    Attributes:
+        parameters: All, tied ones once.
+        largest_layer: Parameters of the largest decoder layer, embedding or projection.
+        linears: (name, inputs, outputs) of every linear layer but the output projection.
+        hidden: Width H.
+        layers: Number of decoder layers.
+        intermediate: Width of the gated MLP that one token goes through; of a mixture, all experts it is sent to.
+        query: Width of all query heads.
+        key_value: Width of all key heads, which is that of all value heads.
+        vocabulary: V.
+        context: Longest sequence, or None.
+    """
+
+    parameters: int
+    largest_layer: int
+    linears: tuple[tuple[str, int, int], ...] = field(repr=False)
+    hidden: int
+    layers: int
+    intermediate: int
+    query: int
+    key_value: int
+    vocabulary: int
+    context: int | None
+
+    @classmethod
+    def of(cls, name: str) -> ModelShape:
+        """Of a Hugging Face id or folder; the model is built on the meta device, where parameters take no memory.
+
+        Raises:
+            ConfigError: There is no such model.
+        """
+        config = load_config(name)
+        text = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        units = [*_decoder_layers(model), model.get_input_embeddings(), head]
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        experts = getattr(text, "num_experts_per_tok", None)
+        wide = getattr(text, "moe_intermediate_size", None) if experts else None
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            largest_layer=max(sum(p.numel() for p in unit.parameters()) for unit in units),
+            linears=tuple(
+                (name, module.in_features, module.out_features)
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and module is not head
+            ),
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            intermediate=experts * (wide or text.intermediate_size) if experts else text.intermediate_size,
+            query=heads * width,
+            key_value=(getattr(text, "num_key_value_heads", None) or heads) * width,
+            vocabulary=text.vocab_size,
+            context=getattr(text, "max_position_embeddings", None),
+        )
+
+    def adapters(self, rank: int, targets: Sequence[str] | None) -> int:
+        """Parameters of LoRA adapters: rank x (inputs + outputs) for each of the layers; ``targets`` None: all."""
+        wanted = [
+            (inputs, outputs)
+            for name, inputs, outputs in self.linears
+            if targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
+        ]
+        return sum(rank * (inputs + outputs) for inputs, outputs in wanted)
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Members of the longest module list: the decoder."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a recipe decides over memory.
+
+    Args:
+        ranks: Training processes, each with a GPU of its own.
+        stage: What is sharded over the ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+        deepspeed: Whether DeepSpeed shards, which keeps fp32 copies of the weights with the optimizer's state.
+        ddp: Whether gradients are reduced in buckets of their own.
+        offload_optimizer: Optimizer state lives on the CPU.
+        precision: Lightning's ``trainer.precision``.
+        optimizer_bytes: Of optimizer state for each float32 parameter.
+        gradient_checkpointing: Activations are recomputed in the backward pass.
+        lora_rank: Of adapters; None: the model itself is trained.
+        lora_targets: Layers with adapters; None: all.
+        micro_batch: Sequences of one micro-batch on one rank.
+        prompt_tokens: Longest prompt.
+        new_tokens: Longest completion.
+        logits_mib: ``model.logits_mib``.
+        whole_vocabulary: The region or the diagnostics compare whole distributions.
+        reference: A reference model is loaded.
+        rollout_bytes: Of one of the engine's weights.
+        engine: Where completions come from.
+        engine_share: Share of a GPU that vLLM takes; None: ``kv_cache`` decides.
+        kv_cache: Bytes for keys and values; None: what ``engine_share`` leaves.
+        engine_sequences: Completions generated at a time.
+    """
+
+    ranks: int = 1
+    stage: Literal[0, 1, 2, 3] = 0
+    deepspeed: bool = False
+    ddp: bool = False
+    offload_optimizer: bool = False
+    precision: str = "32-true"
+    optimizer_bytes: int = 8
+    gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    lora_targets: tuple[str, ...] | None = None
+    micro_batch: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 256
+    logits_mib: int = 64
+    whole_vocabulary: bool = False
+    reference: bool = False
+    rollout_bytes: int = 4
+    engine: EngineKind = "vllm"
+    engine_share: float | None = 0.5
+    kv_cache: int | None = None
+    engine_sequences: int = 256
+
+    @property
+    def half(self) -> bool:
+        """Whether matrix products are of two bytes an element."""
+        return "16" in self.precision
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes on the fullest GPU, and where the figure comes from."""
+
+    name: str
+    bytes: float
+    formula: str
+
+
+def estimate(shape: ModelShape, plan: Plan, gpu_bytes: float) -> list[Part]:
+    """Every part of the memory of rank 0's GPU, which has the engine too."""
+    parts = [*model_states(shape, plan), activations(shape, plan), head(shape, plan)]
+    if plan.reference and plan.lora_rank is None:
+        share = plan.ranks if plan.stage == 3 else 1
+        parts.append(Part("reference model", shape.parameters * 4 / share, f"4 B/parameter{_over(share)}"))
+    parts += engine(shape, plan, gpu_bytes)
+    return [*parts, Part("CUDA context", CUDA_CONTEXT, "a round figure")]
+
+
+def model_states(shape: ModelShape, plan: Plan) -> list[Part]:
+    """Weights, gradients and optimizer state.
+
+    Bytes of a parameter, without DeepSpeed: "32-true" and the mixed precisions keep 4 + 4 + 8 (weights, gradients,
+    AdamW's two moments), and mixed ones a copy of 2 for the products; "bf16-true" 2 + 2 + 4. Under DDP the gradients
+    are there twice, once in the buckets of the reduction. With DeepSpeed (ZeRO, arXiv 1910.02054, section 3.1) in two
+    bytes 2 + 2 + 12: float32 weights and two moments; in float32 4 + 4 + 12. Stage 1 divides the last number by the
+    number of ranks, stage 2 the middle one too, stage 3 all, but then one layer is whole at a time.
+
+    Of a model with adapters the gradients and the optimizer state are the adapters'.
+    """
+    total = shape.parameters
+    adapters = None if plan.lora_rank is None else shape.adapters(plan.lora_rank, plan.lora_targets)
+    trained = total if adapters is None else adapters
+    true_half = plan.precision in ("bf16-true", "16-true")
+    small = plan.half if plan.deepspeed else true_half
+    of_weight = of_gradient = 2 if small else 4
+    of_state = plan.optimizer_bytes + 4 if plan.deepspeed else plan.optimizer_bytes // (2 if true_half else 1)
+    n = [plan.ranks if plan.stage >= least else 1 for least in (3, 2, 1)]
+    all_weights = total + (adapters or 0)
+    parts = [Part("weights", all_weights * of_weight / n[0], f"{of_weight} B/parameter{_over(n[0])}")]
+    if plan.stage == 3:
+        parts.append(Part("layer that is whole", shape.largest_layer * of_weight, f"{of_weight} B/parameter"))
+    if plan.half and not small:
+        parts.append(Part("weights in 16 bits", all_weights * 2, "2 B/parameter"))
+    of_gradient *= 2 if plan.ddp else 1
+    parts.append(Part("gradients", trained * of_gradient / n[1], f"{of_gradient} B/trained parameter{_over(n[1])}"))
+    where = " on the CPU" if plan.offload_optimizer else _over(n[2])
+    state = 0.0 if plan.offload_optimizer else trained * of_state / n[2]
+    return [*parts, Part("optimizer state", state, f"{of_state} B/trained parameter{where}")]
+
+
+def activations(shape: ModelShape, plan: Plan) -> Part:
+    """What the forward pass keeps for the backward pass.
+
+    Counted as in arXiv 2205.05198, section 4.1 (the inputs of every operation that its gradient needs), for a layer
+    with two RMSNorms, grouped queries and a gated MLP, attention without stored scores; e bytes an element:
+
+        per token and layer   16 H + e (2 H + 3 Q + 2 K + 4 I)
+
+    16 H: each norm's input and result, in float32. 2 H: inputs of the query/key/value and of the gate/up projections.
+    3 Q + 2 K: queries, keys, values and result of attention, and the input of the output projection. 4 I: gate, its
+    activation, up, and their product. The last norm adds 8 H. With gradient checkpointing e H for each layer, and one
+    layer whole.
+    """
+    e = 2 if plan.half else 4
+    tokens = plan.micro_batch * plan.longest
+    layer = 16 * shape.hidden + e * (2 * shape.hidden + 3 * shape.query + 2 * shape.key_value + 4 * shape.intermediate)
+    each = shape.layers * e * shape.hidden + layer if plan.gradient_checkpointing else shape.layers * layer
+    each += 8 * shape.hidden
+    return Part("activations", float(tokens * each), f"{tokens:,} tokens x {each / 1024:,.0f} KiB")
+
+
+def head(shape: ModelShape, plan: Plan) -> Part:
+    """A chunk of logits, and gradients that the head forms in the forward pass (head.py).
+
+    Two tables of ``logits_mib`` (half a table more in 16 bits), the float32 gradient of the projection 4 V H, and
+    the gradient of the hidden states. Whole-vocabulary comparisons: three tables of half the size and a copy of the
+    projection.
+    """
+    e = 2 if plan.half else 4
+    table = plan.logits_mib * 2**20
+    size = table * (2.5 if plan.half else 2.0) + 4 * shape.vocabulary * shape.hidden
+    size += e * plan.micro_batch * plan.new_tokens * shape.hidden
+    if plan.whole_vocabulary:
+        size += 1.5 * table + e * shape.vocabulary * shape.hidden
+    return Part("head", size, f"{plan.logits_mib} MiB tables, 4 B x {shape.vocabulary:,} x {shape.hidden:,}")
+
+
+def engine(shape: ModelShape, plan: Plan, gpu_bytes: float) -> list[Part]:
+    """What the engine holds on rank 0's GPU.
+
+    Keys and values take 2 x layers x K x bytes for each token. vLLM reserves a share of the GPU for weights and cache
+    together, however much it needs.
+    """
+    if plan.engine == "elsewhere":
+        return []
+    weights = shape.parameters * plan.rollout_bytes
+    per_token = 2 * shape.layers * shape.key_value * plan.rollout_bytes
+    if plan.engine == "transformers":
+        cache = float(per_token * plan.longest * plan.engine_sequences)
+        text = f"{per_token / 1024:,.0f} KiB/token x {plan.longest:,} x {plan.engine_sequences}"
+        return [Part("engine weights", weights, f"{plan.rollout_bytes} B/parameter"), Part("engine cache", cache, text)]
+    cache = float(plan.kv_cache or max((plan.engine_share or 0) * gpu_bytes - weights, per_token * plan.longest))
+    text = f"holds {int(cache // (per_token * plan.longest)):,} sequences of {plan.longest:,} tokens"
+    return [Part("engine weights", weights, f"{plan.rollout_bytes} B/parameter"), Part("engine cache", cache, text)]
+
+
+def total(parts: Sequence[Part]) -> float:
+    """Bytes of all parts together."""
+    return sum(part.bytes for part in parts)
+
+
+def _over(ranks: int) -> str:
+    return f" / {ranks} ranks" if ranks > 1 else ""
