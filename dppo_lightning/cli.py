@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import transformers
@@ -22,8 +19,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from dppo_lightning import trust_region
-from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.curves import Curves
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
@@ -35,21 +30,26 @@ from dppo_lightning.callbacks.start_table import StartTable
 from dppo_lightning.callbacks.summary import Summary
 from dppo_lightning.callbacks.timeline_log import TimelineLog
 from dppo_lightning.callbacks.utilisation import Utilisation
+from dppo_lightning.commands import (
+    doctor_parser,
+    export_parser,
+    prepare_parser,
+    run_export,
+    run_prepare,
+    run_slurm,
+    slurm_parser,
+    underscored,
+)
 from dppo_lightning.doctor import doctor
 from dppo_lightning.errors import ConfigError, DPPOError
-from dppo_lightning.export import export
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.metrics_file import MetricsFile
 from dppo_lightning.module import DPPOModule
-from dppo_lightning.prepare import prepare
-from dppo_lightning.prompts import PromptSampler, PromptSource
-from dppo_lightning.rewards import RewardFunction
+from dppo_lightning.parsing import OneLineParser
 from dppo_lightning.rollout.datamodule import RolloutDataModule
-from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
 from dppo_lightning.rollout.vllm_remote import VLLMRemote  # noqa: F401  # known by its short name
 from dppo_lightning.scaling.requeue import Requeued, checkpoint_to_continue
-from dppo_lightning.scaling.slurm import Job, submit
 from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir
 
 # in the environment, so that the ranks that Lightning starts have the same run directory
@@ -64,28 +64,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the held-out evaluation before the first step is a full one, and logged
     "enable_model_summary": False,  # the start table says it
 }
-
-
-COMPONENTS: dict[str, tuple[str, type]] = {
-    "trust_region": ("trust region", trust_region.TrustRegion),
-    "masks": ("trust region", trust_region.TrustRegion),
-    "advantage": ("advantage estimator", AdvantageEstimator),
-    "prompts": ("prompt source", PromptSource),
-    "reward": ("reward", RewardFunction),
-    "rewards": ("reward", RewardFunction),
-    "engine": ("rollout engine", RolloutEngine),
-    "sampler": ("prompt sampler", PromptSampler),
-}
-"""Configuration key -> what its class is, and the base class."""
-
-
-class OneLineParser(LightningArgumentParser):
-    """Reports what is wrong with a configuration in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse tries alternatives of a type by such parsers
-            super().error(message, ex)
-        raise ConfigError(explain(message, self))
 
 
 class DPPOCommandLine(LightningCLI):
@@ -115,10 +93,8 @@ class DPPOCommandLine(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         assert parser._subcommands_action is not None
-        parser._subcommands_action.add_subcommand("prepare", prepare_parser(), help="Write a starting model.")
-        parser._subcommands_action.add_subcommand("export", export_parser(), help="Write a trained model.")
-        parser._subcommands_action.add_subcommand("slurm", slurm_parser(), help="Submit a run to SLURM.")
-        parser._subcommands_action.add_subcommand("doctor", doctor_parser(), help="Check this machine, size a recipe.")
+        for name, command in COMMANDS.items():
+            parser._subcommands_action.add_subcommand(name, command.parser(), help=command.help)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Where the run is recorded.")
@@ -200,34 +176,6 @@ def standard_callbacks() -> list[pl.Callback]:
     ]
 
 
-def prepare_parser() -> LightningArgumentParser:
-    """Parser of ``dppo prepare``."""
-    parser = OneLineParser(prog="dppo prepare", description="Write a starting model as a Hugging Face folder.")
-    parser.add_argument("name", type=Literal["tiny", "smollm2"], help="Which model.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
-    return parser
-
-
-def export_parser() -> LightningArgumentParser:
-    """Parser of ``dppo export``."""
-    parser = OneLineParser(prog="dppo export", description="Write a run's trained model as a Hugging Face folder.")
-    parser.add_argument("--run", type=str, required=True, help="Run directory; it says what was trained.")
-    parser.add_argument("--checkpoint", type=str, default="last", help="Which of the run's checkpoints, or a path.")
-    parser.add_argument("--out", type=str, required=True, help="Folder to write; it must not exist yet.")
-    parser.add_argument("--adapter", action="store_true", help="Write LoRA adapters alone, in peft's format.")
-    parser.add_argument("--dtype", type=Literal["float32", "bfloat16"], default="float32", help="Of the weights.")
-    return parser
-
-
-def slurm_parser() -> LightningArgumentParser:
-    """Parser of ``dppo slurm``; what follows ``--`` goes to ``dppo fit``."""
-    parser = OneLineParser(prog="dppo slurm", description="Write a run's batch script and submit it.")
-    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
-    parser.add_class_arguments(Job, skip={"config", "options", "python"})
-    parser.add_argument("--dry_run", action="store_true", help="Print the script, submit nothing.")
-    return parser
-
-
 class RecipeReader(DPPOCommandLine):
     """Parses the arguments of ``dppo fit`` and builds nothing."""
 
@@ -241,16 +189,7 @@ class RecipeReader(DPPOCommandLine):
         pass
 
 
-def doctor_parser() -> LightningArgumentParser:
-    """Parser of ``dppo doctor``."""
-    parser = OneLineParser(prog="dppo doctor", description="Check this machine, and size a recipe.")
-    parser.add_argument("--config", action="append", default=[], help="Recipe; several combine, the last one wins.")
-    parser.add_argument("--gpus", type=int, help="GPUs to size the recipe for.")
-    parser.add_argument("--gpu_memory_gib", type=float, help="Memory of each.")
-    return parser
-
-
-def examine(arguments: list[str]) -> None:
+def run_doctor(arguments: list[str]) -> None:
     """Run ``dppo doctor``; exits with code 1 when something fails."""
     chosen = doctor_parser().parse_args(underscored(arguments))
     recipe = None
@@ -261,58 +200,20 @@ def examine(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def underscored(words: list[str]) -> list[str]:
-    """Options as this command line spells them: --dry_run for --dry-run."""
-    return [re.sub(r"^--[\w-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in words]
+class Command(NamedTuple):
+    """A command that is none of LightningCLI's: its parser, what it does with its arguments, and its line of help."""
+
+    parser: Callable[[], LightningArgumentParser]
+    run: Callable[[list[str]], None]
+    help: str
 
 
-def slurm(arguments: list[str]) -> None:
-    """Run ``dppo slurm``."""
-    own, options = arguments, []
-    if "--" in arguments:
-        place = arguments.index("--")
-        own, options = arguments[:place], arguments[place + 1 :]
-    chosen = slurm_parser().parse_args(underscored(own)).as_dict()
-    dry_run = chosen.pop("dry_run")
-    submit(Job(**chosen, options=options, python=sys.executable), dry_run)
-
-
-def explain(message: str, parser: LightningArgumentParser) -> str:
-    """What jsonargparse reports, as one line, with the known names where a name is unknown."""
-    line = " ".join(message.split())
-    unknown = re.search(r"does not accept option '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", line)
-    if unknown:
-        key = unknown[1] or unknown[2]
-        near = get_close_matches(key, config_keys(parser), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "`dppo fit --help` lists the known ones"
-        return f"unknown config key {key!r}: {hint}"
-    component = re.search(rf'[Kk]ey "(?:[\w.]*\.)?({"|".join(COMPONENTS)})"', line)
-    given = re.search(r"path string: (\S+)|'class_path': '([^']+)'|Given value: '?([\w.]+)", line)
-    if component and given and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
-        what, base = COMPONENTS[component[1]]
-        name = next(group for group in given.groups() if group)
-        return f"unknown {what} {name!r}; known: {', '.join(known_classes(base))}; or the class_path of your own"
-    return line
-
-
-def config_keys(parser: LightningArgumentParser) -> list[str]:
-    """Keys that a configuration of ``parser``, or of its subcommand "fit", may hold."""
-    if parser._subcommands_action is not None:
-        parser = parser._subcommands_action._name_parser_map["fit"]
-    return [action.dest for action in parser._actions]
-
-
-def known_classes(base: type) -> list[str]:
-    """Names of the concrete classes of a kind that come with the library."""
-    found, queue = set(), [base]
-    while queue:
-        kind = queue.pop()
-        queue += kind.__subclasses__()
-        if kind.__module__.startswith("dppo_lightning.") and not inspect.isabstract(kind):
-            found.add(kind.__name__)
-    if base is trust_region.TrustRegion:  # nn.Modules cannot be abstract: the bases are those that are not exported
-        found &= set(trust_region.__all__) - {"TrustRegion", "DivergenceMask"}
-    return sorted(found)
+COMMANDS = {
+    "prepare": Command(prepare_parser, run_prepare, "Write a starting model."),
+    "export": Command(export_parser, run_export, "Write a trained model."),
+    "slurm": Command(slurm_parser, run_slurm, "Submit a run to SLURM."),
+    "doctor": Command(doctor_parser, run_doctor, "Check this machine, size a recipe."),
+}
 
 
 def quieten() -> None:
@@ -345,16 +246,8 @@ def main(args: list[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         with messages():
-            if arguments[:1] == ["prepare"]:
-                chosen = prepare_parser().parse_args(arguments[1:])
-                prepare(chosen.name, chosen.out)
-            elif arguments[:1] == ["export"]:
-                chosen = export_parser().parse_args(arguments[1:])
-                export(chosen.run, chosen.out, chosen.checkpoint, chosen.adapter, chosen.dtype)
-            elif arguments[:1] == ["slurm"]:
-                slurm(arguments[1:])
-            elif arguments[:1] == ["doctor"]:
-                examine(arguments[1:])
+            if arguments and arguments[0] in COMMANDS:
+                COMMANDS[arguments[0]].run(arguments[1:])
             else:
                 DPPOCommandLine(arguments)
     except Requeued as stop:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.cli import DPPOCommandLine, export_parser, known_classes, prepare_parser
+from dppo_lightning.cli import DPPOCommandLine
+from dppo_lightning.commands import export_parser, prepare_parser
 from dppo_lightning.metrics import GLOSSARY
+from dppo_lightning.parsing import known_classes
 from dppo_lightning.trust_region import TrustRegion
 
 ROOT = Path(__file__).parents[1]

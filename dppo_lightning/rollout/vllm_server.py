@@ -122,7 +122,10 @@ class LocalServer:
         try:
             self._child.receive(0.0)
         except EngineError as error:
-            raise ServerFault(str(error)) from error
+            try:
+                self._child.give_up(str(error))  # keeps the log, and names it
+            except EngineError as kept:
+                raise ServerFault(str(kept)) from error
 
     def close(self) -> None:
         if self._child is not None:

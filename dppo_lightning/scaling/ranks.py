@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dppo_lightning.errors import ConfigError, RankError
 from dppo_lightning.scaling.heartbeat import Heartbeat
+from dppo_lightning.scaling.requeue import Requeued
 
 T = TypeVar("T")
 
@@ -158,7 +159,8 @@ class Ranks:
             dist.barrier(group=self._group)
             heartbeat.stop()
         else:
-            heartbeat.stop(None if self._told else _line(self.rank, error))
+            known = self._told or isinstance(error, Requeued)
+            heartbeat.stop(None if known else _line(self.rank, error))
 
 
 def _line(rank: int, error: BaseException | None) -> str | None:
