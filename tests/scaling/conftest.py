@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from scaling.pool import RankPool
+from scaling.training import record
+
+from dppo_lightning.batch import Sequence
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,15 @@ def two_ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def steps(tiny_policy_dir: str) -> list[list[Sequence]]:
+    return record(tiny_policy_dir)
