@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from scaling.pool import RankPool
-from scaling.training import record
 
 from dppo_lightning.batch import Sequence
+from scaling.pool import RankPool
+from scaling.training import record
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class RankPool:
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 60.0, **keywords: Any) -> list[Any]:
         """Each rank's ``job(*arguments, **keywords)``."""
         if not self.processes:
-            self._start()
+            self.start()
         for pipe in self.pipes:
             pipe.send((job, arguments, keywords))
         deadline = time.monotonic() + timeout
@@ -48,7 +48,7 @@ class RankPool:
             raise AssertionError("\n".join(failures))
         return [value for _, value in results]
 
-    def _start(self) -> None:
+    def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

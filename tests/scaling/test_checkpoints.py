@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, largest_difference, train
 
 from dppo_lightning.batch import Sequence
 from dppo_lightning.errors import DataError
 from dppo_lightning.scaling.universal import is_universal, ranks_of, reshape
+from scaling.pool import RankPool
+from scaling.training import STRATEGIES, largest_difference, refusal, train
 
 Steps = list[list[Sequence]]
 
@@ -36,7 +36,7 @@ def test_resume_with_another_number_of_micro_batches(tiny_policy_dir: str, steps
     assert largest_difference(resumed.last, through.last) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_resume_on_one_rank_from_two(
     strategy: str, two_ranks: RankPool, one_rank: RankPool, tiny_policy_dir: str, steps: Steps, tmp_path: Path
 ) -> None:
@@ -44,8 +44,8 @@ def test_resume_on_one_rank_from_two(
     half = tmp_path / "half.ckpt"
     two_ranks.run(train, tiny_policy_dir, steps, strategy, "adamw", 1, max_steps=3, save=half)
     assert ranks_of(half) == 2
-    with pytest.raises(AssertionError, match=r"ConfigError.*written by 2 ranks and this run has 1"):
-        one_rank.run(train, tiny_policy_dir, steps, strategy, "adamw", 2, resume=half)
+    (refused,) = one_rank.run(refusal, tiny_policy_dir, steps, strategy, "adamw", 2, resume=half)
+    assert "was written by 2 ranks and this run has 1" in refused
     whole = reshape(half, tmp_path / "whole.ckpt")
     assert is_universal(whole)
     assert not is_universal(half)

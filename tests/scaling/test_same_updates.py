@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, Trained, largest_difference, train
 
 from dppo_lightning.batch import Sequence
+from scaling.pool import RankPool
+from scaling.training import STRATEGIES, Trained, largest_difference, train
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
 METRICS = ("train/loss", "train/grad_norm", "train/tokens", "train/masked_share", "train/ratio_max", "train/entropy")

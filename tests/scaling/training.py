@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dppo_lightning.aggregation import sequence_weights
 from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.policy import Policy
@@ -151,7 +152,7 @@ def train(
 
 @dataclass
 class Trained:
-    """On rank 0 the weights after the first and after the last step; what was logged; what ``probe(module)`` returned."""
+    """On rank 0 the weights after the first and the last step; what was logged; what ``probe(module)`` returned."""
 
     first: dict[str, Tensor]
     last: dict[str, Tensor]
@@ -192,3 +193,12 @@ def copies(module: Any) -> dict[str, Tensor]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def refusal(*arguments: Any, **keywords: Any) -> str:
+    """What the ConfigError says that ``train`` ends in."""
+    try:
+        train(*arguments, **keywords)
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
