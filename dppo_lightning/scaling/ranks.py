@@ -77,7 +77,7 @@ class Ranks:
         line, mine = self._scatter(boxes)
         if line is not None:
             raise RankError(line) from error
-        return mine  # type: ignore[return-value]
+        return mine
 
     def _scatter(self, boxes: list[Any] | None) -> Any:
         if self.world_size == 1:
