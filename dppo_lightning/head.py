@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,9 +36,11 @@ from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustR
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
 
-@dataclass(frozen=True)
-class HeadOutput:
+class HeadOutput(NamedTuple):
     """Per-token statistics, all detached, and the step's share of the loss.
+
+    A tuple, because ZeRO-3 looks for tensors in tuples only: it gathers the weight for the backward pass by a hook on
+    the loss, and without it an output projection of its own has no shape that its gradient fits.
 
     Attributes:
         loss: [] weighted sum of the token losses; carries the gradient to hidden states and weight.

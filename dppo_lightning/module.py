@@ -26,6 +26,7 @@ from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
 from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.scaling.controller import Work
+from dppo_lightning.scaling.resume import count_batches_anew
 from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
 from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
@@ -170,6 +171,9 @@ class DPPOModule(pl.LightningModule):
             reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None

@@ -13,7 +13,10 @@ from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import RolloutEngine
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+PIECES = [name for name in FILES if name.startswith("configs/scaling/")]
+"""To add to a recipe; no recipes themselves."""
+RECIPES = [name for name in FILES if name not in PIECES]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -34,7 +37,20 @@ def test_every_recipe_can_be_built(recipe: str, monkeypatch: pytest.MonkeyPatch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_can_be_added_to_a_recipe(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = yaml.safe_load((ROOT / piece).read_text())["trainer"]["strategy"]
+    monkeypatch.setattr(DPPOCommandLine, "_run_subcommand", lambda self, name: None)
+    monkeypatch.chdir(ROOT)
+    arguments = ["fit", "--config", "configs/quickstart.yaml", "--config", piece, "--trainer.accelerator", "cpu"]
+    cli = DPPOCommandLine([*arguments, "--trainer.devices", "2"])
+    kind = type(cli.trainer.strategy)
+    assert f"{kind.__module__}.{kind.__name__}".endswith(given["class_path"].rpartition(".")[2])
+    assert cli.trainer.world_size == 2
+    assert cli.trainer.max_steps == 160
+
+
+@pytest.mark.parametrize("recipe", FILES)
 def test_every_value_of_a_recipe_has_a_comment(recipe: str) -> None:
     lines = (ROOT / recipe).read_text().splitlines()
     bare = [

@@ -15,11 +15,13 @@ INTERVAL = 5.0
 
 
 class Heartbeat:
-    """A thread that shows that this rank is alive, and looks whether the others are.
+    """Threads that show that this rank is alive, and look whether the others are.
 
     Rank 0 keeps the signs of life in a store and watches every rank; the others watch rank 0, and read there who has
-    failed. When a rank has, the thread prints one line and ends the process: the main thread cannot be woken from a
+    failed. When a rank has, a thread prints one line and ends the process: the main thread cannot be woken from a
     collective operation. A rank that has said that it leaves is not missed.
+
+    One thread asks the store and one looks at the clock: a question to a machine that is gone is never answered.
 
     Args:
         rank: Of this process.
@@ -48,8 +50,12 @@ class Heartbeat:
         self._counts: dict[int, int] = {}
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()
+        self._failure: str | None = None
+        self._asking = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, name="heartbeat watch", daemon=True)
+        self._asking.start()
+        self._watching.start()
 
     @classmethod
     def listen(cls, world_size: int) -> tuple[str, int]:
@@ -63,11 +69,14 @@ class Heartbeat:
         return host, cls._listening.port
 
     def stop(self, failure: str | None = None) -> None:
-        """End the thread; ``failure`` is a line that the other ranks print before they end."""
+        """End the threads; ``failure`` is a line that the other ranks print before they end."""
         if self._stopped.is_set():
             return
         self._stopped.set()
-        self._thread.join()
+        self._watching.join()
+        self._asking.join(self.silence)
+        if self._asking.is_alive():  # still without an answer: rank 0 is beyond being told
+            return
         try:
             if failure is not None:
                 self._post(failure)
@@ -77,17 +86,20 @@ class Heartbeat:
         except DistError:
             pass  # rank 0 has gone, and the store with it
 
-    def _run(self) -> None:
-        lost_since: float | None = None
+    def _ask(self) -> None:
         while not self._stopped.wait(self.interval):
             try:
-                failure = self._beat()
-                lost_since = None
+                self._failure = self._failure or self._beat()
+                self._answered = time.monotonic()
             except DistError:
-                # rank 0 may have left in good order an instant ago, as this rank is about to
-                now = time.monotonic()
-                lost_since = now if lost_since is None else lost_since
-                failure = "rank 0 has died" if now - lost_since > self.silence - self.interval else None
+                pass  # rank 0 may have left in good order an instant ago, as this rank is about to
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.interval):
+            silent = time.monotonic() - self._answered
+            failure = self._failure
+            if failure is None and silent > self.silence:
+                failure = f"rank 0 has died (no answer for {self.silence:.0f} s)"
             if failure is not None and not self._stopped.is_set():
                 print(f"error: {failure}: rank {self.rank} ends", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -205,7 +205,12 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
                 f"{str(checkpoint_path)!r} was written by {ranks} ranks and this run has {self.world_size}: "
                 "write it anew with dppo_lightning.scaling.universal.reshape, and resume from that"
             )
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        engine = self.deepspeed_engine
+        # deepspeed finds a step's end by this count, which is that of the run that saved: its steps may have had
+        # another number of micro-batches
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+        return state
 
     def teardown(self) -> None:
         self._frozen_engines.clear()

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from dppo_lightning.batch import Sequence
 from scaling.pool import RankPool
+from scaling.training import record
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +16,15 @@ def two_ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def steps(tiny_policy_dir: str) -> list[list[Sequence]]:
+    return record(tiny_policy_dir)

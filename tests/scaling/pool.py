@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,10 +25,10 @@ class RankPool:
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
 
-    def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 120.0, **keywords: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 60.0, **keywords: Any) -> list[Any]:
         """Each rank's ``job(*arguments, **keywords)``."""
         if not self.processes:
-            self._start()
+            self.start()
         for pipe in self.pipes:
             pipe.send((job, arguments, keywords))
         deadline = time.monotonic() + timeout
@@ -47,7 +48,7 @@ class RankPool:
             raise AssertionError("\n".join(failures))
         return [value for _, value in results]
 
-    def _start(self) -> None:
+    def start(self) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -76,6 +77,7 @@ class RankPool:
 
 def _serve(pipe: Any, rank: int, size: int, port: int) -> None:
     faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -101,3 +103,11 @@ def _serve(pipe: Any, rank: int, size: int, port: int) -> None:
             pipe.send(("ok", job(*arguments, **keywords)))
         except BaseException:
             pipe.send(("failed", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """A rank that waits for another would outlive a killed test run."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

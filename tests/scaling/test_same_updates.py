@@ -4,76 +4,89 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from dppo_lightning.batch import Sequence
 from scaling.pool import RankPool
-from scaling.training import record, train
+from scaling.training import STRATEGIES, Trained, largest_difference, train
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
+METRICS = ("train/loss", "train/grad_norm", "train/tokens", "train/masked_share", "train/ratio_max", "train/entropy")
+
+Steps = list[list[Sequence]]
 
 
 @pytest.fixture(scope="module")
-def steps(tiny_policy_dir: str) -> list[list[Sequence]]:
-    return record(tiny_policy_dir)
+def expected(tiny_policy_dir: str, steps: Steps) -> dict[str, Trained]:
+    """Of one process and one micro-batch, by optimizer."""
+    return {optimizer: train(tiny_policy_dir, steps, "one", optimizer) for optimizer in TOLERANCE}
 
 
-Expected = dict[tuple[str, int], tuple[dict[str, Tensor], list[dict[str, float]]]]
+def assert_same(run: Trained, wanted: Trained, optimizer: str) -> None:
+    assert largest_difference(run.first, wanted.first) < TOLERANCE[optimizer]
+    assert largest_difference(run.last, wanted.last) < TOLERANCE[optimizer]
+    for name in METRICS:
+        torch.testing.assert_close(run.of(name), wanted.of(name), rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_policy_dir: str, steps: list[list[Sequence]]) -> Expected:
-    """Of one process and one micro-batch: by optimizer and number of steps."""
-    return {
-        (optimizer, many): train(tiny_policy_dir, steps, "one", optimizer, max_steps=many)[:2]
-        for optimizer in TOLERANCE
-        for many in (1, 6)
-    }
-
-
-def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def test_the_steps_move_the_weights(expected: Expected, tiny_policy_dir: str) -> None:
+def test_the_steps_move_the_weights(expected: dict[str, Trained]) -> None:
     """Or else the other tests compare nothing."""
-    for optimizer in TOLERANCE:
-        moved = largest_difference(expected[optimizer, 1][0], expected[optimizer, 6][0])
-        assert moved > 20 * TOLERANCE[optimizer]
-        assert any(row["train/masked_share"] > 0 for row in expected[optimizer, 6][1] if "train/masked_share" in row)
+    for optimizer, run in expected.items():
+        assert largest_difference(run.first, run.last) > 20 * TOLERANCE[optimizer]
+        assert run.of("train/masked_share").max() > 0
 
 
+@pytest.mark.parametrize("optimizer", TOLERANCE)
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_one_process_with_several_micro_batches(
-    accumulate: int, expected: Expected, tiny_policy_dir: str, steps: list[list[Sequence]]
+    accumulate: int, optimizer: str, expected: dict[str, Trained], tiny_policy_dir: str, steps: Steps
 ) -> None:
-    for optimizer, tolerance in TOLERANCE.items():
-        weights, *_ = train(tiny_policy_dir, steps, "one", optimizer, accumulate)
-        assert largest_difference(weights, expected[optimizer, 6][0]) < tolerance
+    assert_same(train(tiny_policy_dir, steps, "one", optimizer, accumulate), expected[optimizer], optimizer)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", TOLERANCE)
-@pytest.mark.parametrize(("accumulate", "many"), [(1, 1), (1, 6), (2, 6), (3, 6)])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_two_ranks(
     strategy: str,
     optimizer: str,
     accumulate: int,
-    many: int,
-    expected: Expected,
+    expected: dict[str, Trained],
     two_ranks: RankPool,
     tiny_policy_dir: str,
-    steps: list[list[Sequence]],
+    steps: Steps,
 ) -> None:
-    first, _ = two_ranks.run(train, tiny_policy_dir, steps, strategy, optimizer, accumulate, many)
-    weights, rows, _ = first
-    wanted, wanted_rows = expected[optimizer, many]
-    assert largest_difference(weights, wanted) < TOLERANCE[optimizer]
-    names = ("train/loss", "train/grad_norm", "train/tokens", "train/masked_share", "train/ratio_max", "train/entropy")
-    for name in names:
-        mine = torch.tensor([row[name] for row in rows if name in row])
-        torch.testing.assert_close(
-            mine, torch.tensor([row[name] for row in wanted_rows if name in row]), rtol=1e-3, atol=1e-5, msg=name
-        )
+    run, other = two_ranks.run(train, tiny_policy_dir, steps, strategy, optimizer, accumulate)
+    assert_same(run, expected[optimizer], optimizer)
+    torch.testing.assert_close(other.of("train/loss"), run.of("train/loss"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradient_clipping(strategy: str, two_ranks: RankPool, tiny_untied_dir: str, steps: Steps) -> None:
+    """Below every step's norm; with an output projection of its own, that only the head uses."""
+    clip = 5.0
+    wanted = train(tiny_untied_dir, steps, "one", clip=clip)
+    assert wanted.of("train/grad_norm").min() > clip
+    run, _ = two_ranks.run(train, tiny_untied_dir, steps, strategy, clip=clip, accumulate=2)
+    assert_same(run, wanted, "sgd")
+    free = train(tiny_untied_dir, steps, "one")
+    assert largest_difference(free.first, wanted.first) > 1e-5
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kl_to_a_reference(strategy: str, two_ranks: RankPool, tiny_policy_dir: str, steps: Steps) -> None:
+    """The reference scores the same sequences as in one process, although it may be in shards; so does the policy."""
+    wanted = train(tiny_policy_dir, steps, "one", beta=0.1, probe=log_probs)
+    runs = two_ranks.run(train, tiny_policy_dir, steps, strategy, beta=0.1, probe=log_probs)
+    assert_same(runs[0], wanted, "sgd")
+    for run in runs:
+        for mine, theirs in zip(run.found, wanted.found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def log_probs(module: object) -> list[torch.Tensor]:
+    """Of a recorded step under the reference and under the trained policy; the projection of rollout time."""
+    sequences = module.data.steps[0]  # type: ignore[attr-defined]
+    reference, policy = module._reference[0], module.policy  # type: ignore[attr-defined]
+    found = [torch.cat(list(map(torch.from_numpy, module._score(p, sequences)))) for p in (reference, policy)]  # type: ignore[attr-defined]
+    policy.head.remember_rollout()
+    return [*found, policy.head.rollout_weight]

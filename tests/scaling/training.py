@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dppo_lightning.aggregation import sequence_weights
 from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.policy import Policy
@@ -23,6 +25,9 @@ from dppo_lightning.rollout.engine import Sampling
 from dppo_lightning.scaling.fsdp2 import FSDP2Strategy
 from dppo_lightning.scaling.zero import ZeroStrategy
 from dppo_lightning.timeline import Timeline
+from dppo_lightning.trust_region import BinaryTV
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 LENGTHS = ([2, 40, 3, 5, 2, 7, 4, 1], [30, 2, 1], [9], [4, 4, 5, 3, 2, 1, 1], [25, 24, 2, 2], [6, 5, 4, 3, 2, 1])
 """Completion lengths of six steps. Over two ranks some micro-batches are empty, and in the third a rank's all are."""
@@ -96,7 +101,7 @@ class Loader:
             yield from batches
 
 
-class Trained(DPPOModule):
+class EngineLess(DPPOModule):
     """Without an engine to synchronise with."""
 
     def ensure_synced(self) -> dict[str, float]:
@@ -127,10 +132,10 @@ def train(
     beta: float = 0.0,
     clip: float | None = None,
     probe: Any = None,
-) -> tuple[dict[str, Tensor], list[dict[str, float]], Any]:
-    """Train; returns the weights (on rank 0), what was logged, and what ``probe(module)`` returned."""
+) -> Trained:
+    """Train, and return what came of it on this rank."""
     world = 1 if strategy == "one" else torch.distributed.get_world_size()
-    module = Trained(policy_dir, optimizer=optimizer_of(optimizer), kl=ReferenceKL(beta))
+    module = EngineLess(policy_dir, BinaryTV(0.002), optimizer=optimizer_of(optimizer), kl=ReferenceKL(beta))
     metrics = Memory()
     trainer = pl.Trainer(
         **QUIET
@@ -147,7 +152,21 @@ def train(
     finder = Finder(save, probe)
     trainer.callbacks.append(finder)  # type: ignore[attr-defined]
     trainer.fit(module, datamodule=Recorded(steps), ckpt_path=resume, weights_only=False)
-    return finder.weights, metrics.rows, finder.found
+    return Trained(finder.first or {}, finder.weights, metrics.rows, finder.found)
+
+
+@dataclass
+class Trained:
+    """On rank 0 the weights after the first and the last step; what was logged; what ``probe(module)`` returned."""
+
+    first: dict[str, Tensor]
+    last: dict[str, Tensor]
+    rows: list[dict[str, float]]
+    found: Any
+
+    def of(self, name: str) -> Tensor:
+        """The logged values of one metric."""
+        return torch.tensor([row[name] for row in self.rows if name in row])
 
 
 class Finder(pl.Callback):
@@ -156,12 +175,35 @@ class Finder(pl.Callback):
     def __init__(self, save: Path | None, probe: Any) -> None:
         self.save = save
         self.probe = probe
+        self.first: dict[str, Tensor] | None = None  # empty on the ranks that are given no weights
         self.weights: dict[str, Tensor] = {}
         self.found: Any = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 1 and self.first is None:
+            self.first = copies(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.save is not None:
             trainer.save_checkpoint(self.save)
         if self.probe is not None:
             self.found = self.probe(pl_module)
-        self.weights = {name: tensor.clone() for name, tensor in pl_module.policy.named_weights()}
+        self.weights = copies(pl_module)
+
+
+def copies(module: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.policy.named_weights()}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def refusal(*arguments: Any, **keywords: Any) -> str:
+    """What the ConfigError says that ``train`` ends in."""
+    try:
+        train(*arguments, **keywords)
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
