@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.cli import DPPOCommandLine
-from dppo_lightning.commands import export_parser, prepare_parser
+from dppo_lightning.cli import DPPOCommandLine, main
+from dppo_lightning.commands import doctor_parser, export_parser, prepare_parser, underscored
 from dppo_lightning.metrics import GLOSSARY
 from dppo_lightning.parsing import known_classes
+from dppo_lightning.scaling.slurm import Job
 from dppo_lightning.trust_region import TrustRegion
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,13 @@ def test_every_command_can_be_given(page: str, command: str, monkeypatch: pytest
         assert prepare_parser().parse_args(words[2:]).name in ("tiny", "smollm2")
     elif words[:2] == ["dppo", "export"]:
         assert export_parser().parse_args(words[2:]).out
+    elif words[:2] == ["dppo", "slurm"]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr("dppo_lightning.commands.submit", submitted := Submitted())
+        main(words[1:])
+        assert submitted.job is not None
+    elif words[:2] == ["dppo", "doctor"]:
+        assert all((ROOT / path).is_file() for path in doctor_parser().parse_args(underscored(words[2:])).config)
     elif words[0] == "dppo":
         give(words[1:], monkeypatch, tmp_path)
     elif words[:3] == ["python", "-m", "pytest"]:
@@ -56,6 +64,16 @@ def test_every_command_can_be_given(page: str, command: str, monkeypatch: pytest
         shown = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True, check=True)
         for option in (word for word in words[2:] if word.startswith("--")):
             assert option.split("=")[0] in shown.stdout
+
+
+class Submitted:
+    """Stands in for submitting a job."""
+
+    job: Job | None = None
+
+    def __call__(self, job: Job, dry_run: bool) -> None:
+        assert all((ROOT / path).is_file() for path in job.config)
+        self.job = job
 
 
 def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
