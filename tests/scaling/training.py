@@ -59,6 +59,7 @@ class Recorded(pl.LightningDataModule):
 
     sampling = Sampling()
     steps_per_rollout = 1
+    seed = 0
 
     def __init__(self, steps: list[list[Sequence]]) -> None:
         super().__init__()

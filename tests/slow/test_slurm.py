@@ -19,8 +19,7 @@ from cli.runs import recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-SEVERAL_RANKS = "several ranks are refused by the data module still"
-NODES = [1, pytest.param(2, marks=pytest.mark.skip(reason=SEVERAL_RANKS))]
+ZERO2 = {"class_path": "dppo_lightning.scaling.zero.ZeroStrategy", "init_args": {"stage": 2}}
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,13 +107,15 @@ class Submitted:
 
     def weights(self) -> dict[str, torch.Tensor]:
         (saved,) = (self.run_dir / "checkpoints").glob(f"step={STEPS}*.ckpt")
-        return torch.load(saved, weights_only=False)["state_dict"]
+        return read_checkpoint(saved)
 
 
-@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("nodes", [1, 2])
 def test_a_requeued_job_ends_with_the_weights_of_an_uninterrupted_one(
     nodes: int, config: dict[str, Any], tmp_path: Path, environment: dict[str, str]
 ) -> None:
+    if nodes > 1:
+        config["trainer"]["strategy"] = ZERO2
     whole = Submitted(config, tmp_path / "whole", nodes, environment)
     stopped = Submitted(config, tmp_path / "stopped", nodes, environment)
     stopped.wait_for_steps(3)
