@@ -86,7 +86,7 @@ def test_kl_to_a_reference(strategy: str, two_ranks: RankPool, tiny_policy_dir: 
 def log_probs(module: object) -> list[torch.Tensor]:
     """Of a recorded step under the reference and under the trained policy; the projection of rollout time."""
     sequences = module.data.steps[0]  # type: ignore[attr-defined]
-    reference, policy = module._reference[0], module.policy  # type: ignore[attr-defined]
-    found = [torch.cat(list(map(torch.from_numpy, module._score(p, sequences)))) for p in (reference, policy)]  # type: ignore[attr-defined]
+    policy, score = module.policy, module._score_share  # type: ignore[attr-defined]
+    found = [torch.cat(list(map(torch.from_numpy, score((which, [sequences]))))) for which in ("reference", "policy")]
     policy.head.remember_rollout()
     return [*found, policy.head.rollout_weight]

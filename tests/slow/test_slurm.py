@@ -17,6 +17,8 @@ import torch
 import yaml
 from cli.runs import recipe
 
+from dppo_lightning.checkpoint_files import read_weights
+
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 ZERO2 = {"class_path": "dppo_lightning.scaling.zero.ZeroStrategy", "init_args": {"stage": 2}}
@@ -107,7 +109,7 @@ class Submitted:
 
     def weights(self) -> dict[str, torch.Tensor]:
         (saved,) = (self.run_dir / "checkpoints").glob(f"step={STEPS}*.ckpt")
-        return read_checkpoint(saved)
+        return read_weights(saved)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
