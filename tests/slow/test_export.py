@@ -55,8 +55,7 @@ for _ in range(2):
     engine.backward(engine(torch.arange(30)[None]))
     engine.step()
 engine.save_checkpoint(out, tag="checkpoint")
-with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=stage == 3):
-    torch.save({name: weight.clone() for name, weight in merged_weights(module.policy.model)}, out + "/wanted.pt")
+torch.save({name: weight.clone() for name, weight in merged_weights(module.policy.model)}, out + "/wanted.pt")
 """
 
 
