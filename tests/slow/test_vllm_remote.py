@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -21,10 +21,12 @@ from typing import NoReturn
 import pytest
 import torch
 from rollout.engine_case import LONGS, Case, ask, changed, error, weights
+from small_runs import fit
 from transformers import AutoModelForCausalLM
 
+from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError, SyncError
-from dppo_lightning.rollout.engine import EngineSpec
+from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
 from dppo_lightning.rollout.vllm_server import free_port
 
@@ -222,7 +224,7 @@ def test_a_server_that_was_started_as_the_docs_say_serves_a_run(
 def test_servers_end_with_a_killed_trainer(tiny_model_dir: str) -> None:
     program = f"""
 import os, signal, time
-from dppo_lightning.rollout.engine import EngineSpec
+from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
 engine = VLLMRemote(kv_cache_gib=0.25, threads=1)
 engine.start(EngineSpec({tiny_model_dir!r}, max_model_len=512))
@@ -241,3 +243,35 @@ time.sleep(60)
             wait_until(lambda: session_of(pid) == [], 5)
         assert os.listdir(folder) == []
     assert not any(path.exists() for path in semaphores)
+
+
+class Doomed(VLLMRemote):
+    """One of its servers is killed once, when the first completion of the second rollout has come back."""
+
+    updates, killed = -1, False
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> UpdateStats:
+        self.updates += 1
+        return super().update_weights(named_tensors, version)
+
+    def poll(self, timeout: float | None = None) -> list[Completion | Failed]:
+        found = super().poll(timeout)
+        if not self.killed and self.updates == 1 and any(result.request_id.startswith("train/") for result in found):
+            self.killed = True
+            os.kill(self._fleet.servers[0].local.pid, signal.SIGKILL)
+        return found
+
+
+def test_a_run_goes_on_when_one_of_two_servers_is_killed(tiny_policy_dir: str) -> None:
+    data = {"max_new_tokens": 60, "samples_per_prompt": 16}
+    quiet, shot = (
+        fit(tiny_policy_dir, data=data | {"engine": kind(servers=2, threads=1, kv_cache_gib=0.25)}, max_steps=3)
+        for kind in (VLLMRemote, Doomed)
+    )
+    assert shot.data.engine.killed
+    for mine, other in zip(quiet.record.rollouts, shot.record.rollouts, strict=True):
+        assert [len(group.completions) for group in other] == [16] * 3
+        assert [group.texts for group in mine] == [group.texts for group in other]
+    assert max(shot.metrics.of("sync/parity_error")) < TOLERANCE
+    for name, weight in quiet.weights.items():
+        torch.testing.assert_close(shot.weights[name], weight, rtol=0, atol=1e-5)
