@@ -69,21 +69,18 @@ def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[list[tu
 
 
 def _whole(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bucket; gathered ones on rank 0 only, copied before they are cut up again."""
-    tensors: list[tuple[str, Tensor]] = []
+    """The tensors of a bucket; gathered ones on rank 0 only, each copied when its turn comes."""
     first = _is_first()
     with _zero_gathered([parameter for _, parameter in bucket]):
         for name, parameter in bucket:
             if isinstance(parameter, DTensor):
                 full = parameter.full_tensor().detach()
-            elif _in_zero_shards(parameter):
-                full = parameter.detach().clone() if first else parameter
-            else:
-                tensors.append((name, parameter.detach()))
-                continue
-            if first:
-                tensors.append((name, full))
-    yield from tensors
+                if first:
+                    yield name, full
+            elif not _in_zero_shards(parameter):
+                yield name, parameter.detach()
+            elif first:
+                yield name, parameter.detach().clone()
 
 
 @contextmanager
