@@ -70,17 +70,22 @@ def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[list[tu
 
 def _whole(bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a bucket; gathered ones on rank 0 only, each copied when its turn comes."""
-    first = _is_first()
+    first, rest = _is_first(), iter(bucket)
     with _zero_gathered([parameter for _, parameter in bucket]):
-        for name, parameter in bucket:
-            if isinstance(parameter, DTensor):
-                full = parameter.full_tensor().detach()
-                if first:
-                    yield name, full
-            elif not _in_zero_shards(parameter):
-                yield name, parameter.detach()
-            elif first:
-                yield name, parameter.detach().clone()
+        try:
+            for name, parameter in rest:
+                if isinstance(parameter, DTensor):
+                    full = parameter.full_tensor().detach()
+                    if first:
+                        yield name, full
+                elif not _in_zero_shards(parameter):
+                    yield name, parameter.detach()
+                elif first:
+                    yield name, parameter.detach().clone()
+        finally:
+            for _, parameter in rest:  # of a reader that has stopped: the other ranks gather on
+                if isinstance(parameter, DTensor):
+                    parameter.full_tensor()
 
 
 @contextmanager
