@@ -16,7 +16,8 @@ import numpy as np
 from _common import arguments, in_turn, machine, median, print_result, print_table, ratio
 
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
-from dppo_lightning.rollout.vllm_embedded import ENVIRONMENT, VLLMEmbedded
+from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.rollout.vllm_settings import ENVIRONMENT
 
 
 def make_prompts(count: int, length: int, words: int) -> list[list[int]]:

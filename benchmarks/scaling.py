@@ -13,6 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,22 +120,18 @@ def main() -> None:
         return
     print(machine())
 
-    steps = {f"{n}": Step(n, words, args.width) for n in args.tokens}
-    seconds = in_turn(steps, args.rounds, args.clock)
-    by_tokens = Growth(
-        args.tokens,
-        [median(seconds, f"{n}") for n in args.tokens],
-        [step_mb(n, words, args.width) for n in args.tokens],
-        [head_mb(n, words, args.width) for n in args.tokens],
-    )
-    steps = {f"{v}": Step(FIXED, v, args.width) for v in args.vocabularies}
-    seconds = in_turn(steps, args.rounds, args.clock)
-    by_words = Growth(
-        args.vocabularies,
-        [median(seconds, f"{v}") for v in args.vocabularies],
-        [step_mb(FIXED, v, args.width) for v in args.vocabularies],
-        [head_mb(FIXED, v, args.width) for v in args.vocabularies],
-    )
+    def growth(values: list[int], size: Callable[[int], tuple[int, int]]) -> Growth:
+        """Of steps of ``size(value)`` = (tokens, words)."""
+        seconds = in_turn({f"{v}": Step(*size(v), args.width) for v in values}, args.rounds, args.clock)
+        return Growth(
+            values,
+            [median(seconds, f"{v}") for v in values],
+            [step_mb(*size(v), args.width) for v in values],
+            [head_mb(*size(v), args.width) for v in values],
+        )
+
+    by_tokens = growth(args.tokens, lambda tokens: (tokens, words))
+    by_words = growth(args.vocabularies, lambda vocabulary: (FIXED, vocabulary))
     exponent = float(np.polyfit(np.log(args.tokens), np.log(by_tokens.seconds), 1)[0])
     print(f"width {args.width}, median of {args.rounds} rounds; vocabulary {words}")
     by_tokens.show("tokens")

@@ -7,7 +7,7 @@ multiplied into B, so that tensors say everything: the layer computes W x + B A 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,14 @@ class ExpectedAdapters:
         rank: Of every adapter.
     """
 
-    canonical: Mapping[str, str] = {}  # adapters are never tied
-
     def __init__(self, weights: ExpectedWeights, rank: int) -> None:
         self.weights = weights
         self.rank = rank
         self._layers: set[str] | None = None
+
+    def once(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """As they come: adapters are never tied."""
+        yield from named_tensors
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Compare names and shapes.

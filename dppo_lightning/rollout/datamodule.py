@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -24,6 +22,8 @@ from dppo_lightning.prompts import PromptSource, encode
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
+from dppo_lightning.rollout.fingerprint import fingerprint
+from dppo_lightning.rollout.flight import NO_SIGNAL
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
@@ -163,7 +163,8 @@ class RolloutDataModule(pl.LightningDataModule):
             return
         self.ranks = Ranks()
         self.controller = Controller(self.ranks, self.module.work)
-        self.ranks.agree(fingerprint(self.module, self), "configuration")
+        if self.ranks.world_size > 1:
+            self.ranks.agree(fingerprint(self.module, self), "configuration")
         error: Exception | None = None
         try:
             self._set_up(stage)
@@ -403,7 +404,7 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
         "train/reward_std": float(rewards.std()),
         "train/length": float(np.mean([len(completion) for completion in completions])),
         "train/truncated": float(np.mean([completion.finish_reason == "length" for completion in completions])),
-        "train/no_signal": float(np.mean([np.ptp(np.asarray(group.rewards)) < 1e-6 for group in groups])),
+        "train/no_signal": float(np.mean([np.ptp(np.asarray(group.rewards)) < NO_SIGNAL for group in groups])),
         **{f"train/part/{name}": float(np.nanmean(values)) for name, values in parts.items()},
     }
 
@@ -417,30 +418,6 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "time/reward": rollout.seconds["reward"],
         **rollout.counts,
         "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
-    }
-
-
-def fingerprint(module: DPPOModule, data: RolloutDataModule) -> dict[str, Any]:
-    """What every rank must have alike: the code, and the settings that are plain values."""
-    code = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        code.update(path.read_bytes())
-    plain = (str, int, float, bool, type(None), tuple, Streaming, Selection, Sampling)
-    trainer = data.trainer
-    assert trainer is not None
-    return {
-        "code": code.hexdigest(),
-        "trainer.max_steps": trainer.max_steps,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "trainer.precision": trainer.precision,
-        "model.policy": module.policy_name,
-        "model.trust_region": module.region.describe(),
-        "model.aggregation": module.aggregation,
-        **{
-            f"data.{name}": value
-            for name, value in vars(data).items()
-            if isinstance(value, plain) and not name.startswith("_")
-        },
     }
 
 

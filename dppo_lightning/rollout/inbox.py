@@ -23,11 +23,12 @@ class Inbox:
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
         self._deliver: dict[str, Deliver] = {}
+        self._unwanted: set[str] = set()  # of these, what was discarded
 
     @property
     def in_flight(self) -> int:
         """Requests whose result is still waited for."""
-        return sum(deliver is not _ignore for deliver in self._deliver.values())
+        return len(self._deliver) - len(self._unwanted)
 
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
         """Submit requests; ``deliver`` is called, in ``collect``, with the result of each."""
@@ -52,14 +53,17 @@ class Inbox:
             deliver = self._deliver.pop(result.request_id, None)
             if deliver is None:
                 raise EngineError(f"the engine delivered {result.request_id!r}, which is not in flight")
-            deliver(result)
+            if result.request_id in self._unwanted:
+                self._unwanted.remove(result.request_id)
+            else:
+                deliver(result)
 
     def discard(self, ids: Iterable[str]) -> None:
         """Abort requests; what the engine still says of them is ignored."""
-        wanted = [name for name in ids if name in self._deliver]
-        self._deliver |= dict.fromkeys(wanted, _ignore)
-        if wanted:
-            self.engine.abort(wanted)
+        known = [name for name in ids if name in self._deliver]
+        self._unwanted.update(known)
+        if known:
+            self.engine.abort(known)
 
     def fetch(self, requests: Sequence[Request], progress: Progress | None = None) -> dict[str, Completion | Failed]:
         """Submit requests and wait for all of them; results by request id."""
@@ -70,7 +74,3 @@ class Inbox:
             if progress is not None:
                 progress(len(results), len(requests))
         return results
-
-
-def _ignore(result: Completion | Failed) -> None:
-    pass

@@ -25,7 +25,6 @@ from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, R
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
 from dppo_lightning.rollout.shared_tensors import SharedBlock
 from dppo_lightning.rollout.supervision import EngineProcess
-from dppo_lightning.rollout.vllm_settings import ENVIRONMENT as ENVIRONMENT
 from dppo_lightning.rollout.vllm_settings import child_environment, engine_settings
 
 WORKER = "dppo_lightning.rollout.vllm_worker"
@@ -181,7 +180,7 @@ class VLLMEmbedded(RolloutEngine):
         process = self._running()
         started = time.perf_counter()
         send = self._transfer if self.weights == "ipc" else self._write
-        tensors, sent = send(process, self._once(named_tensors), version)
+        tensors, sent = send(process, self._expected.once(named_tensors), version)
         self._version = version
         return UpdateStats(tensors, sent, time.perf_counter() - started, version)
 
@@ -223,15 +222,6 @@ class VLLMEmbedded(RolloutEngine):
         """What wider weights are rounded to on their way."""
         _, uniform = process.ready
         return getattr(torch, self._spec.dtype) if uniform else None
-
-    def _once(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Of tied parameters one, under the name that vLLM looks for."""
-        sent = set()
-        for given, tensor in named_tensors:
-            name = self._expected.canonical.get(given, given)
-            if name not in sent:
-                sent.add(name)
-                yield name, tensor
 
     def health(self) -> Health:
         process = self._process

@@ -19,15 +19,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from dppo_lightning.scaling.requeue import Requeue, checkpoint_to_continue
 from dppo_lightning.scaling.slurm_run import SlurmRun
+from scaling.jobs import ONE_TASK
 
-JOB = {
+JOB = ONE_TASK | {
     "SLURM_JOB_ID": "77",
-    "SLURM_JOB_NAME": "dppo",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "1",
-    "SLURM_NTASKS_PER_NODE": "1",
-    "SLURM_NNODES": "1",
-    "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
     "SLURM_NODELIST": "n1",

@@ -18,16 +18,11 @@ from dppo_lightning.cli import main
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.scaling.slurm_check import check_slurm, main_address, meet
 from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir, device_count
+from scaling.jobs import ONE_TASK
 
 RECIPE = Path(__file__).parents[2] / "configs" / "smollm2_arithmetic.yaml"
-ONE = {
+ONE = ONE_TASK | {
     "SLURM_JOB_ID": "1234567",
-    "SLURM_JOB_NAME": "dppo",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NTASKS": "1",
-    "SLURM_NTASKS_PER_NODE": "1",
-    "SLURM_NNODES": "1",
-    "SLURM_PROCID": "0",
     "SLURM_NODELIST": "gpu[07-09],gpu12",
     "SLURMD_NODENAME": "gpu07",
 }
