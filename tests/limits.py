@@ -2,7 +2,7 @@
 
 pytest-timeout's alarm raises in the test, where it waits. Two things are added here. What the test has started is
 killed first: else ``with Popen(...)`` would wait for its child on the way out. And where the alarm does not end the
-test, because it waits in code that lets no signal through, the process ends: under pytest-xdist the next worker goes on.
+test, as in code that lets no signal through, the process ends: under pytest-xdist the next worker goes on.
 """
 
 from __future__ import annotations
