@@ -135,6 +135,26 @@ def test_a_closed_child_ends_and_its_folder_goes(child: ChildProcess, temporary:
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_child_has_started_is_gone_when_it_is_closed(killed: bool, tmp_path: Path) -> None:
+    """Not a moment later: whoever starts an engine anew needs the memory of the last one."""
+    (tmp_path / "starts_others.py").write_text(
+        "import subprocess, time\n"
+        "others = [subprocess.Popen(['sleep', '600'], process_group=group) for group in (None, 0)]\n"
+        "print(*[other.pid for other in others], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    child = ChildProcess("starts_others", os.environ | {"PYTHONPATH": str(tmp_path)})
+    wait_until(lambda: child.log.read_text().endswith("\n"))
+    others = [int(word) for word in child.log.read_text().split()]
+    assert all(running(pid) for pid in others)
+    if killed:
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until_gone(child.pid)
+    child.close()
+    assert not any(running(pid) for pid in [child.pid, *others])
+
+
 def test_a_child_that_cannot_even_start_shows_its_last_words(temporary: Path) -> None:
     child = ChildProcess("dppo_lightning.no_such_module", os.environ, name="vLLM")
     with pytest.raises(EngineError, match=r"vLLM process stopped: exit code 1.*No module named"):
