@@ -234,19 +234,23 @@ def test_every_logged_name_is_in_the_glossary(tiny_policy_dir: str) -> None:
 
 
 class SlowOnHeldOut(ShareOf):
-    """Takes its time with the prompts that the trainer is not trained on."""
+    """Takes an hour for the prompts that the trainer is not trained on, by the clock that the module reads."""
+
+    hours = 0
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        if any(sample.prompt[0] >= "e" for sample in samples):
-            time.sleep(0.5)
+        self.hours += any(sample.prompt[0] >= "e" for sample in samples)
         return super().score(samples)
 
 
-def test_time_of_training_does_not_count_evaluation(tiny_policy_dir: str) -> None:
-    data = {"prompts": Letters(4, heldout=2), "reward": SlowOnHeldOut(), "evaluate_every_n_steps": 1}
+def test_time_of_training_does_not_count_evaluation(tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, clock = SlowOnHeldOut(), time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * reward.hours)
+    data = {"prompts": Letters(4, heldout=2), "reward": reward, "evaluate_every_n_steps": 1}
     run = fit(tiny_policy_dir, data=data, callbacks=[HeldOutEvaluation()], max_steps=3)
+    assert reward.hours >= 3
     assert len(run.metrics.of("time/train")) == 3
-    assert max(run.metrics.of("time/train")) < 0.5
+    assert max(run.metrics.of("time/train")) < 3600
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -351,10 +350,8 @@ def test_a_reward_that_never_returns_stops_the_run(begin: Any) -> None:
 
     training = begin(reward=Stuck())
     training.stream.worker.timeout = 0.1
-    started = time.monotonic()
     with pytest.raises(RewardError, match=r"Stuck has not returned for 0\.1 s"):
         training.run()
-    assert time.monotonic() - started < 10
     for_ever.set()
 
 
