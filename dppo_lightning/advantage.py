@@ -9,6 +9,12 @@ import numpy as np
 
 from dppo_lightning.errors import ConfigError
 
+NO_SIGNAL = 1e-6
+"""Rewards of a group that differ by less teach nothing: their advantages are all zero."""
+
+ROUNDING = 1e-12
+"""Share of a group's largest reward below which a difference from the mean is the rounding of the mean."""
+
 
 class AdvantageEstimator(ABC):
     """Subclass and write ``estimate``; a per-group baseline subclasses ``GroupBaseline`` instead.
@@ -36,7 +42,11 @@ class AdvantageEstimator(ABC):
 
 
 class GroupBaseline(AdvantageEstimator):
-    """Base of the estimators that look at one group at a time; subclasses write ``of_group``."""
+    """Base of the estimators that look at one group at a time; subclasses write ``of_group``.
+
+    A group without signal gets exact zeros and never reaches ``of_group``: 6 rewards of 0.1 have a mean that is not
+    0.1, and tokens with an advantage of 1e-17 would be counted, masked and differentiated.
+    """
 
     minimum_samples = 2
 
@@ -45,14 +55,26 @@ class GroupBaseline(AdvantageEstimator):
         """[G] rewards of one group to [G] advantages."""
 
     def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self.of_group(np.asarray(group, np.float64)) for group in rewards]
+        groups = [np.asarray(group, np.float64) for group in rewards]
+        return [np.zeros_like(group) if without_signal(group) else self.of_group(group) for group in groups]
+
+
+def without_signal(rewards: np.ndarray) -> bool:
+    """Whether a group's [G] rewards are all equal, up to ``NO_SIGNAL``."""
+    return bool(np.ptp(rewards) < NO_SIGNAL)
+
+
+def above_mean(rewards: np.ndarray) -> np.ndarray:
+    """[G] rewards minus their mean; exactly 0 for a reward that is the mean."""
+    difference = rewards - rewards.mean()
+    return np.where(np.abs(difference) <= ROUNDING * np.abs(rewards).max(), 0.0, difference)
 
 
 class GroupMean(GroupBaseline):
     """Reward minus the group's mean, not divided by the standard deviation (DPPO; Dr.GRPO, arXiv 2503.20783)."""
 
     def of_group(self, rewards: np.ndarray) -> np.ndarray:
-        return rewards - rewards.mean()
+        return above_mean(rewards)
 
 
 class GroupMeanStd(GroupBaseline):
@@ -68,8 +90,8 @@ class GroupMeanStd(GroupBaseline):
         self.tolerance = tolerance
 
     def of_group(self, rewards: np.ndarray) -> np.ndarray:
-        deviation = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
-        return (rewards - rewards.mean()) / deviation if deviation > self.tolerance else np.zeros_like(rewards)
+        deviation = rewards.std(ddof=1)
+        return above_mean(rewards) / deviation if deviation > self.tolerance else np.zeros_like(rewards)
 
 
 class LeaveOneOut(GroupBaseline):
@@ -77,4 +99,4 @@ class LeaveOneOut(GroupBaseline):
 
     def of_group(self, rewards: np.ndarray) -> np.ndarray:
         count = len(rewards)
-        return (rewards - rewards.mean()) * count / (count - 1) if count > 1 else np.zeros_like(rewards)
+        return above_mean(rewards) * count / (count - 1)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dppo_lightning.batch import TrainingBatch
+from dppo_lightning.errors import ConfigError
 from dppo_lightning.logits import (
     Gradients,
     LogitTransform,
@@ -28,6 +29,7 @@ from dppo_lightning.logits import (
     logit_gradient_,
     normalise_,
     product_dtype_of,
+    sums_in_float32,
     unrounded_product,
 )
 from dppo_lightning.objective import Objective, TokenLoss
@@ -115,11 +117,16 @@ class PolicyHead(nn.Module):
         costs two passes over each chunk: without ``entropy`` it is computed only for a region or a bonus that needs it.
 
         Raises:
+            ConfigError: A loss is asked for and products are in float16.
             TokenStatsError: A statistic that the region or a diagnostic needs is missing or not finite.
         """
         if objective is None:
             with torch.no_grad():
                 return self._logp(hidden, batch)
+        if self.product_dtype == torch.float16:  # by whatever way: see precision.py
+            raise ConfigError(
+                "a policy in float16 loses the small gradients of the head: set trainer.precision bf16-mixed"
+            )
         work = _Work(self, batch, objective, diagnostics or {}, entropy)
         loss = _GradientInForward.apply(hidden, self.weight, self.bias, work)
         return work.output(loss)
@@ -158,18 +165,20 @@ class PolicyHead(nn.Module):
         """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's.
 
         On the CPU a bf16 product is not rounded to bf16: rounded logits put the entropy of a token off by 3e-3 nats.
+        The bias is added to float32, whatever the product was rounded to.
         """
         dtype, n = product_dtype_of(weight), len(hidden)
-        if dtype == torch.bfloat16 and hidden.device.type == "cpu":
-            product = unrounded_product(hidden, weight, None if tables is None else tables.logits[:n])
+        if sums_in_float32(dtype, hidden.device):
+            logits = unrounded_product(hidden, weight, None if tables is None else tables.logits[:n])
         else:
             room = None if tables is None else tables.product[:n]
             product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
+            logits = product.float() if tables is None else tables.logits[:n]
             if tables is not None and dtype != torch.float32:
-                product = tables.logits[:n].copy_(product)
+                logits.copy_(product)
         if bias is not None:
-            product += bias.to(dtype)
-        return self.transform.apply_(product.float())
+            logits += bias
+        return self.transform.apply_(logits)
 
 
 class _Work:

@@ -55,7 +55,8 @@ class Tables:
         shape, device, dtype = (tokens, weight.shape[0]), weight.device, product_dtype_of(weight)
         self.logits = torch.empty(shape, dtype=torch.float32, device=device)
         self.probabilities = torch.empty_like(self.logits if probabilities else self.logits[:0])
-        self.room = torch.empty(max(1, min(tokens, (1 << 20) // shape[1])), shape[1], device=device)  # fits a cache
+        rows = max(1, min(tokens, (1 << 20) // shape[1]))  # fits a cache
+        self.room = torch.empty((rows, shape[1]), dtype=torch.float32, device=device)
         self.product = self.logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -176,6 +177,11 @@ def product_dtype_of(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def sums_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products are left unrounded: where ``unrounded_product`` can make them."""
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
 def unrounded_product(
     hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "n V"] | None = None
 ) -> Float[Tensor, "n V"]:
@@ -187,7 +193,7 @@ def unrounded_product(
     """
     states = hidden.to(torch.bfloat16).float()
     if out is None:
-        out = torch.empty(len(states), len(weight), device=states.device)
+        out = torch.empty((len(states), len(weight)), dtype=torch.float32, device=states.device)
     products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # added when torch loads
     allowed, products.fp32_precision = products.fp32_precision, "bf16"
     try:

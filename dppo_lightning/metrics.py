@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
+from torch import Tensor
 
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.head import HeadOutput
+from dppo_lightning.objective import kl_estimate
+
+Kind = Literal["sum", "mean", "max"]
 
 GLOSSARY: dict[str, str] = {
     "train/reward": "mean reward of the step's completions",
@@ -78,83 +82,103 @@ def check_names(values: Mapping[str, float]) -> Mapping[str, float]:
     return values
 
 
-class StepMetrics(nn.Module):
+@dataclass(frozen=True)
+class _Total:
+    """One statistic so far. What is not a number stays so: torchmetrics drops it, and a loss of NaN would read 0.
+
+    Attributes:
+        kind: What becomes of it.
+        value: [] float64: the sum, weighted for a mean, or the largest.
+        weight: [] float64: of a mean, what its sum is divided by.
+    """
+
+    kind: Kind
+    value: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, kind: Kind, values: Tensor, weight: float) -> _Total:
+        """Of at least one value; each has the weight."""
+        value = values.amax() if kind == "max" else values.sum() * (weight if kind == "mean" else 1.0)
+        return cls(kind, value, torch.full_like(value, values.numel() * weight))
+
+    def plus(self, other: _Total) -> _Total:
+        value = torch.maximum(self.value, other.value) if self.kind == "max" else self.value + other.value
+        return _Total(self.kind, value, self.weight + other.weight)
+
+    def result(self) -> float:
+        return float(self.value / self.weight if self.kind == "mean" else self.value)
+
+
+class StepMetrics:
     """Statistics of an optimizer step's tokens, summed over its micro-batches."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._metrics: dict[str, Metric] = {}
+        self._totals: dict[str, _Total] = {}
 
     @torch.no_grad()
     def update(self, batch: TrainingBatch, output: HeadOutput, step: int) -> None:
         """Add one micro-batch; ``step`` is the number of optimizer steps taken before it."""
-        self._add("train/loss", SumMetric, output.loss.detach())
-        self._add("train/tokens", SumMetric, torch.tensor(float(batch.tokens)))
+        self._add("train/loss", "sum", output.loss)
+        self._add("train/tokens", "sum", batch.tokens)
         rows = batch.input_ids.numel()
-        self._add("perf/padding_waste", MeanMetric, torch.tensor(1 - batch.real_tokens / rows), rows)
+        self._add("perf/padding_waste", "mean", 1 - batch.real_tokens / rows, rows)
         if batch.tokens == 0:
             return
         ids = batch.real_tokens + batch.saved_tokens
-        self._add("perf/shared_prompt_share", MeanMetric, torch.tensor(batch.saved_tokens / ids), ids)
-        self._add("perf/packed", MeanMetric, torch.tensor(float(batch.segments is not None)), rows)
-        log_ratio = output.logp - batch.rollout_logp
-        ratio = log_ratio.exp()
+        self._add("perf/shared_prompt_share", "mean", batch.saved_tokens / ids, ids)
+        self._add("perf/packed", "mean", float(batch.segments is not None), rows)
         shift = output.logp.exp() - batch.rollout_logp.exp()
         stopped = (~output.keep).float()
         negative = batch.advantage < 0
-        self._add("train/surrogate", MeanMetric, -output.surrogate_loss)
-        self._add("train/masked_share", MeanMetric, stopped)
-        self._add("train/masked_share_positive", MeanMetric, stopped[batch.advantage > 0])
-        self._add("train/masked_share_negative", MeanMetric, stopped[negative])
-        self._add("train/moved_negative_share", MeanMetric, (negative & (shift < -0.5)).float())
-        self._add("train/mismatch_tv", MeanMetric, shift.abs())
-        self._add("train/mismatch_kl", MeanMetric, ratio - 1 - log_ratio)
-        self._add("train/ratio_max", MaxMetric, ratio)
+        self._add("train/surrogate", "mean", -output.surrogate_loss)
+        self._add("train/masked_share", "mean", stopped)
+        self._add("train/masked_share_positive", "mean", stopped[batch.advantage > 0])
+        self._add("train/masked_share_negative", "mean", stopped[negative])
+        self._add("train/moved_negative_share", "mean", negative & (shift < -0.5))
+        self._add("train/mismatch_tv", "mean", shift.abs())
+        self._add("train/mismatch_kl", "mean", kl_estimate(batch.rollout_logp, output.logp, "k3"))
+        self._add("train/ratio_max", "max", (output.logp - batch.rollout_logp).exp())
         if output.entropy is not None:
-            self._add("train/entropy", MeanMetric, output.entropy)
+            self._add("train/entropy", "mean", output.entropy)
         age = step - batch.version
-        self._add("train/staleness", MeanMetric, age.float())
-        self._add("train/staleness_max", MaxMetric, age.float())
+        self._add("train/staleness", "mean", age)
+        self._add("train/staleness_max", "max", age)
         for number in age.unique().tolist():
             mine = stopped[age == number]
-            self._add(f"staleness/tokens/{number}", SumMetric, torch.tensor(float(len(mine))))
-            self._add(f"staleness/masked_share/{number}", MeanMetric, mine)
+            self._add(f"staleness/tokens/{number}", "sum", len(mine))
+            self._add(f"staleness/masked_share/{number}", "mean", mine)
         if output.divergence is not None:
-            self._add("train/divergence", MeanMetric, output.divergence)
-            self._add("train/divergence_max", MaxMetric, output.divergence)
+            self._add("train/divergence", "mean", output.divergence)
+            self._add("train/divergence_max", "max", output.divergence)
         if output.kl is not None:
-            self._add("train/kl_reference", MeanMetric, output.kl)
+            self._add("train/kl_reference", "mean", output.kl)
         for name, divergence in output.diagnostics.items():
-            self._add(f"diagnostics/{name}", MeanMetric, divergence)
+            self._add(f"diagnostics/{name}", "mean", divergence)
 
-    def _add(self, name: str, kind: type[Metric], value: Tensor, weight: float = 1.0) -> None:
-        if value.numel() == 0:
+    def _add(self, name: str, kind: Kind, values: Tensor | float, weight: float = 1.0) -> None:
+        values = torch.as_tensor(values, dtype=torch.float64)
+        if values.numel() == 0:
             return
-        if name not in self._metrics:
-            self._metrics[name] = kind(sync_on_compute=False).to(value.device)
-        arguments = (value, weight) if kind is MeanMetric else (value,)
-        self._metrics[name].update(*arguments)
+        more = _Total.of(kind, values, weight)
+        self._totals[name] = self._totals[name].plus(more) if name in self._totals else more
 
     def compute_and_reset(self) -> dict[str, float]:
         """The step's values over all ranks, collective; a statistic of no token at all is left out."""
-        values = {name: float(metric.compute()) for name, metric in _over_ranks(self._metrics).items()}
-        self._metrics.clear()
+        values = {name: total.result() for name, total in _over_ranks(self._totals).items()}
+        self._totals.clear()
         return values
 
 
-def _over_ranks(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Every rank's metrics as one; torchmetrics would wait for ever where a rank without a token lacks some."""
+def _over_ranks(totals: dict[str, _Total]) -> dict[str, _Total]:
+    """Every rank's totals as one; a rank without a token lacks some."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return metrics
-    ranks: list[dict[str, Metric]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(ranks, {name: metric.cpu() for name, metric in metrics.items()})
-    total = ranks[0]
+        return totals
+    ranks: list[dict[str, _Total]] = [{} for _ in range(torch.distributed.get_world_size())]
+    mine = {name: _Total(total.kind, total.value.cpu(), total.weight.cpu()) for name, total in totals.items()}
+    torch.distributed.all_gather_object(ranks, mine)
+    joined = ranks[0]
     for theirs in ranks[1:]:
-        for name, metric in theirs.items():
-            if name not in total:
-                total[name] = metric
-            elif isinstance(metric, MeanMetric):
-                total[name].update(metric.compute(), metric.weight)
-            else:
-                total[name].update(metric.compute())
-    return total
+        for name, total in theirs.items():
+            joined[name] = joined[name].plus(total) if name in joined else total
+    return joined

@@ -149,9 +149,9 @@ class DPPOModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, and the reference when KL asks for one."""
+        check_precision(self.trainer)  # first: a policy that was loaded to be evaluated may now be trained
         if self.policy is not None:
             return
-        check_precision(self.trainer)
         temperature = self.data.sampling.temperature or 1.0
         shared = self.shared_prompts
         self.policy = Policy(
@@ -376,7 +376,9 @@ class DPPOModule(pl.LightningModule):
                 logps: list[Any] = [None] * len(part)
                 if "full" in needs:
                     # in the products' dtype, to which the head would round them anyway
-                    states = list(hidden.to(head.product_dtype).cpu().split(counts))
+                    whole = hidden.to(head.product_dtype).cpu()
+                    # copies: a view is sent to rank 0 with all that it is a view of
+                    states = [piece.clone() for piece in whole.split(counts)]
                 if "recomputed_logp" in needs:
                     logps = [piece.numpy() for piece in head(hidden, batch).cpu().split(counts)]
                 found += zip(states, logps, strict=True)

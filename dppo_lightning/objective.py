@@ -46,7 +46,9 @@ def kl_estimate(logp: Float[Tensor, " N"], reference_logp: Float[Tensor, " N"], 
         return log_ratio
     if kind == "k2":
         return 0.5 * log_ratio.square()
-    return torch.expm1(-log_ratio) + log_ratio
+    # in float64, and not let below 0: near 0 the two terms cancel to less than float32 can tell
+    exact = log_ratio.double()
+    return (torch.expm1(-exact) + exact).clamp(min=0).to(log_ratio.dtype)
 
 
 @dataclass(frozen=True)

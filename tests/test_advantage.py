@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppo_lightning.advantage import AdvantageEstimator, GroupMean, GroupMeanStd, LeaveOneOut
+import dppo_lightning.advantage as package
+from dppo_lightning.advantage import NO_SIGNAL, AdvantageEstimator, GroupBaseline, GroupMean, GroupMeanStd, LeaveOneOut
 from dppo_lightning.errors import ConfigError
 
 ESTIMATORS = [GroupMean(), GroupMeanStd(), LeaveOneOut()]
@@ -40,9 +41,38 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(
     assert best >= advantages.max() - 1e-9
 
 
+def test_every_estimator_is_in_the_list() -> None:
+    found = {value for value in vars(package).values() if isinstance(value, type)}
+    bases = {AdvantageEstimator, GroupBaseline}
+    assert {cls for cls in found if issubclass(cls, AdvantageEstimator)} - bases == {type(e) for e in ESTIMATORS}
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
-def test_a_group_of_equal_rewards_teaches_nothing(estimator: AdvantageEstimator) -> None:
-    assert not estimator.estimate([np.ones(4)])[0].any()
+@given(reward=st.floats(-1e6, 1e6) | st.just(0.1), count=st.integers(1, 64), data=st.data())
+def test_a_group_of_equal_rewards_teaches_exactly_nothing(
+    estimator: AdvantageEstimator, reward: float, count: int, data: st.DataObject
+) -> None:
+    """Equal as the stream has it: such a group is counted, filtered or generated anew as one without signal."""
+    beside = np.array(data.draw(st.lists(st.floats(0, 0.4 * NO_SIGNAL), min_size=count, max_size=count)))
+    for rewards in (np.full(count, reward), reward + beside):
+        assert not estimator.estimate([rewards])[0].any() or np.ptp(rewards) >= NO_SIGNAL
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+@given(low=st.floats(-1e3, 1e3), step=st.floats(0.01, 1e3), each=st.integers(1, 7))
+def test_a_reward_that_is_the_mean_of_its_group_has_exactly_no_advantage(
+    estimator: AdvantageEstimator, low: float, step: float, each: int
+) -> None:
+    rewards = np.array([low] * each + [low + step] + [low + 2 * step] * each)
+    advantages = estimator.estimate([rewards])[0]
+    assert advantages[each] == 0
+    assert np.array_equal(np.sign(advantages), [-1] * each + [0] + [1] * each)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+def test_the_smallest_difference_that_counts_has_a_sign(estimator: AdvantageEstimator) -> None:
+    (advantages,) = estimator.estimate([np.array([0.0, 4 * NO_SIGNAL, 0.0, 4 * NO_SIGNAL])])
+    assert np.sign(advantages).tolist() == [-1, 1, -1, 1]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)

@@ -1,20 +1,15 @@
-"""Frozen parameters, and the precisions that train."""
+"""Frozen parameters."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from small_runs import fit, sgd
 from transformers import AutoModelForCausalLM
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.policy import Policy
-from dppo_lightning.precision import check_precision
 
 
 def originals(folder: str) -> dict[str, torch.Tensor]:
@@ -58,35 +53,6 @@ def test_a_pattern_that_cannot_be_meant_is_refused(patterns: list[str], words: l
         Policy(tiny_model_dir, frozen=patterns)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
-
-
-def test_mixed_precision_trains_float32_weights(tiny_policy_dir: str) -> None:
-    run = fit(tiny_policy_dir, {"optimizer": sgd(1e-3)}, precision="bf16-mixed", max_steps=2)
-    assert {weight.dtype for weight in run.weights.values()} == {torch.float32}
-    moved = {n: (run.weights[n] - w).abs().max().item() for n, w in originals(tiny_policy_dir).items()}
-    assert min(moved.values()) > 0
-    # Smaller than half the distance between neighbours in bfloat16: without float32 weights it would be lost.
-    assert min(moved.values()) < np.ldexp(1.0, -9) * max(w.abs().max() for w in run.weights.values()).item()
-
-
-def test_half_precision_without_float32_weights_is_refused(tiny_policy_dir: str) -> None:
-    with pytest.raises(ConfigError, match=r"bf16-true.*bf16-mixed") as caught:
-        fit(tiny_policy_dir, precision="bf16-true")
-    assert "\n" not in str(caught.value)
-
-
-def test_deepspeed_keeps_float32_weights_itself() -> None:
-    class Trainer:
-        precision = "bf16-true"
-        strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
-
-        class state:
-            fn = "fit"
-
-    check_precision(Trainer())  # type: ignore[arg-type]
-    Trainer.strategy = object()
-    with pytest.raises(ConfigError):
-        check_precision(Trainer())  # type: ignore[arg-type]
 
 
 def test_a_module_takes_the_patterns(tiny_policy_dir: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,65 @@ def test_a_step_means_the_same_however_it_was_split(sizes: list[tuple[int, int]]
     assert metrics.compute_and_reset() == {
         name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in whole_step(micro_batches).items()
     }
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_finite_is_logged_as_it_is(bad: float, place: int) -> None:
+    """In whichever micro-batch; of every statistic that the head gives."""
+    metrics = StepMetrics()
+    for index in range(3):
+        batch, output = make_micro_batch(6, seed=index)
+        if index == place:
+            named = ("loss", "surrogate_loss", "divergence", "entropy", "kl")
+            given = {name: getattr(output, name).clone().index_fill_(-1, torch.tensor([0]), bad) for name in named[1:]}
+            given |= {"loss": torch.tensor(bad), "diagnostics": {"full_tv": torch.tensor([0.5, bad])}}
+            output = output._replace(**given)
+        metrics.update(batch, output, STEP)
+    values = metrics.compute_and_reset()
+    names = ("loss", "surrogate", "divergence", "divergence_max", "entropy", "kl_reference")
+    found = [values[f"train/{name}"] for name in names] + [values["diagnostics/full_tv"]]
+    assert [abs(value) for value in found] == pytest.approx([bad] * len(found), nan_ok=True)
+    assert np.isfinite(values["train/mismatch_tv"])
+
+
+def test_a_log_prob_that_is_not_a_number_shows_in_every_mismatch() -> None:
+    batch, output = make_micro_batch(6, seed=1)
+    metrics = StepMetrics()
+    metrics.update(batch, output._replace(logp=output.logp.index_fill(0, torch.tensor([2]), float("nan"))), STEP)
+    metrics.update(*make_micro_batch(6, seed=2), step=STEP)
+    values = metrics.compute_and_reset()
+    assert all(np.isnan(values[f"train/{name}"]) for name in ("mismatch_tv", "mismatch_kl", "ratio_max"))
+
+
+@given(gap=st.floats(-1e-3, 1e-3), tokens=st.integers(1, 9), logp=st.floats(-8, -1e-2))
+def test_the_mismatch_kl_is_never_negative(gap: float, tokens: int, logp: float) -> None:
+    batch, output = make_micro_batch(tokens, seed=1)
+    mu = torch.full((tokens,), logp)
+    pi = mu + gap * torch.rand(tokens, generator=torch.Generator().manual_seed(tokens))
+    metrics = StepMetrics()
+    metrics.update(replace(batch, rollout_logp=mu), output._replace(logp=pi), STEP)
+    log_ratio = pi.double() - mu.double()
+    exact = (log_ratio**2 / 2 + log_ratio**3 / 6 + log_ratio**4 / 24).mean().item()
+    kl = metrics.compute_and_reset()["train/mismatch_kl"]
+    assert kl >= 0
+    assert kl == pytest.approx(exact, rel=1e-5)
+
+
+def test_sums_are_exact_whatever_the_default_dtype_is() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        metrics = StepMetrics()
+        micro_batches = [make_micro_batch(1001, seed=seed) for seed in (1, 2)]
+        torch.set_default_dtype(dtype)
+        try:
+            for batch, output in micro_batches:
+                metrics.update(batch, output, STEP)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(metrics.compute_and_reset())
+    assert found[0] == found[1]
+    assert found[0]["train/tokens"] == 2002
 
 
 def test_nothing_of_a_step_remains_in_the_next() -> None:

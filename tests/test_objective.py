@@ -53,8 +53,15 @@ def test_k3_keeps_its_sign_where_the_policies_nearly_agree(lp: float, gap: float
     reference = logp - gap
     exact = (logp - reference).double()
     k3 = kl_estimate(logp, reference, "k3").item()
-    assert k3 >= -1e-10  # float32 cannot resolve exp(x) - 1 + x any further than this
-    assert k3 == pytest.approx((torch.expm1(-exact) + exact).item(), abs=1e-9)
+    assert k3 >= 0
+    assert k3 == pytest.approx((exact**2 / 2 - exact**3 / 6 + exact**4 / 24).item(), rel=1e-5)
+
+
+@given(gap=st.floats(-(2**-10), 2**-10, width=32))
+def test_k3_has_the_slope_of_its_formula_where_the_policies_nearly_agree(gap: float) -> None:
+    logp = torch.tensor([gap], requires_grad=True)
+    (slope,) = torch.autograd.grad(kl_estimate(logp, torch.zeros(1), "k3").sum(), logp)
+    assert slope.item() == pytest.approx(-math.expm1(-gap), rel=1e-5, abs=1e-12)
 
 
 def test_k1_and_k3_estimate_the_kl_of_the_sampling_policy_without_bias() -> None:

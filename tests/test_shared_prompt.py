@@ -160,7 +160,8 @@ def test_bf16_log_probs_agree_between_layouts(llama: Path) -> None:
     sequences = make_sequences(MIXED)
     weights = np.ones(len(sequences))
     rows, packed = (policy.logp(pack(sequences, weights, layout)) for layout in ("rows", "packed"))
-    torch.testing.assert_close(packed, rows, atol=0.05, rtol=0)  # 8 bits of mantissa, two kernels
+    # two kernels with 8 bits of mantissa differ by 6e-4; without any mask it would be 0.06
+    torch.testing.assert_close(packed, rows, atol=3e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", IN_ROWS)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from dppo_lightning.advantage import without_signal
 from dppo_lightning.aggregation import sequence_weights
 from dppo_lightning.batch import Group, Prompt, Sequence, TrainingBatch, pack, split_by_tokens
 from dppo_lightning.callbacks.base import RunCallback
@@ -23,7 +24,6 @@ from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.fingerprint import fingerprint
-from dppo_lightning.rollout.flight import NO_SIGNAL
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
@@ -323,7 +323,7 @@ class RolloutDataModule(pl.LightningDataModule):
         return HeldOutLoader(self, self.predict_split)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TrainingBatch) else batch
+        return batch.to(device) if isinstance(batch, TrainingBatch) else batch.groups
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.stream is None else {"stream": self.stream.state_dict()}
@@ -372,6 +372,16 @@ class RolloutLoader:
                 yield from plan.batches
 
 
+class Evaluated:
+    """Groups on their way through Lightning: no list and no dataclass, so that nothing looks for tensors in them.
+
+    What makes 16 bits of a batch's tensors ("bf16-true") stops at the frozen records that groups hold.
+    """
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+
+
 class HeldOutLoader:
     """Yields the groups of one evaluation, generated and rewarded, as one batch.
 
@@ -385,10 +395,10 @@ class HeldOutLoader:
     def __len__(self) -> int:
         return min(len(self.prompts), 1)
 
-    def __iter__(self) -> Iterator[list[Group]]:
+    def __iter__(self) -> Iterator[Evaluated]:
         data = self.data
         if self.prompts:
-            yield data.controller.direct(lambda: data.evaluate(self.prompts))
+            yield Evaluated(data.controller.direct(lambda: data.evaluate(self.prompts)))
 
 
 def step_metrics(groups: list[Group]) -> dict[str, float]:
@@ -404,7 +414,7 @@ def step_metrics(groups: list[Group]) -> dict[str, float]:
         "train/reward_std": float(rewards.std()),
         "train/length": float(np.mean([len(completion) for completion in completions])),
         "train/truncated": float(np.mean([completion.finish_reason == "length" for completion in completions])),
-        "train/no_signal": float(np.mean([np.ptp(np.asarray(group.rewards)) < NO_SIGNAL for group in groups])),
+        "train/no_signal": float(np.mean([without_signal(np.asarray(group.rewards)) for group in groups])),
         **{f"train/part/{name}": float(np.nanmean(values)) for name, values in parts.items()},
     }
 

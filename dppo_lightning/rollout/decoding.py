@@ -56,7 +56,7 @@ class Decoder:
         self.spec = spec
         self.rows: list[Row] = []
         self._cache: DynamicCache | None = None
-        self._mask: Int[Tensor, "B L"] = torch.empty(0, 0)
+        self._mask: Int[Tensor, "B L"] = torch.empty(0, 0, dtype=torch.int64)
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Take the next batch; the last one has finished."""
@@ -168,8 +168,8 @@ def sampling_logp(logits: Float[Tensor, "B V"], samplings: Sequence[Sampling]) -
 
     Greedy rows (temperature 0) are at temperature 1 and never truncated.
     """
-    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], device=logits.device)
-    logits = logits / temperatures[:, None]
+    temperatures = [sampling.temperature or 1.0 for sampling in samplings]
+    logits = logits / torch.tensor(temperatures, dtype=torch.float32, device=logits.device)[:, None]
     for row, sampling in enumerate(samplings):
         if sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1):
             logits[row] = logits[row].masked_fill(~_kept(logits[row], sampling), -torch.inf)

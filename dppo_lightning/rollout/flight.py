@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dppo_lightning.advantage import without_signal
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.rollout.engine import Failed
-
-NO_SIGNAL = 1e-6
-"""Rewards of a group that differ by less teach nothing: their advantages are all zero."""
 
 
 @dataclass
@@ -75,4 +73,4 @@ class GroupFlight:
     def has_signal(self) -> bool:
         """Whether its rewards differ."""
         assert self.group is not None
-        return bool(np.ptp(np.asarray(self.group.rewards)) >= NO_SIGNAL)
+        return not without_signal(np.asarray(self.group.rewards))

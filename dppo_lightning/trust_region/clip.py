@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.trust_region.base import (
@@ -161,8 +159,9 @@ class RelaxedClip(TrustRegion):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         rare = tokens.rollout_logp.exp() < self.alpha
-        low: Float[Tensor, " N"] = torch.where(rare & (self.side != "high"), 0.0, 1 - self.epsilon_low)
-        high: Float[Tensor, " N"] = torch.where(rare & (self.side != "low"), float("inf"), 1 + self.epsilon_high)
+        low, high = (torch.full_like(tokens.rollout_logp, value) for value in (0.0, float("inf")))
+        low = torch.where(rare & (self.side != "high"), low, 1 - self.epsilon_low)
+        high = torch.where(rare & (self.side != "low"), high, 1 + self.epsilon_high)
         return weighted_surrogate(tokens, within_bounds(tokens, "rollout", low, high))
 
 

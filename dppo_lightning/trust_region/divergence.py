@@ -72,7 +72,9 @@ class DivergenceMask(TrustRegion):
         with torch.no_grad():
             anchored = replace(tokens, rollout_logp=anchor_logp(tokens, self.anchor))
             divergence = self.divergence(anchored)
-            threshold = torch.where(tokens.advantage > 0, self.delta_high, self.delta_low)
+            threshold = torch.where(
+                tokens.advantage > 0, torch.full_like(tokens.advantage, self.delta_high), self.delta_low
+            )
             keep = ~(self.outward(anchored) & (divergence > threshold))
         return weighted_surrogate(tokens, keep, divergence, max_ratio=self.max_ratio)
 

@@ -99,7 +99,7 @@ class SAPO(SmoothRegion):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         ratio = (tokens.logp - anchor_logp(tokens, self.anchor)).exp()
-        tau = torch.where(tokens.advantage > 0, self.tau_positive, self.tau_negative)
+        tau = torch.where(tokens.advantage > 0, torch.full_like(tokens.advantage, self.tau_positive), self.tau_negative)
         # not torch.sigmoid, whose last bit depends on where a token lies in its chunk; the exponent is at most tau
         gate = 4 / (tau * (1 + (tau * (1 - ratio)).exp()))
         return self.surrogate(tokens, -tokens.advantage * gate)

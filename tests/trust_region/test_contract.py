@@ -180,6 +180,21 @@ def test_half_precision_log_probs_are_computed_with_in_float32(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_thresholds_do_not_depend_on_the_default_dtype(case):
+    """It is bf16 in Lightning's forward context of "bf16-true", in which 0.15 would be 0.1504."""
+    stats = case.stats(random_batch(10) + edge_batch(), dtype=torch.float32)
+    fine = case.region(stats)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        coarse = case.region(stats)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert coarse.loss.dtype == torch.float32
+    assert torch.equal(coarse.loss, fine.loss)
+    assert torch.equal(coarse.keep, fine.keep)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_tokens_give_an_empty_differentiable_loss(case):
     stats = indexed(case.stats(random_batch(11)), slice(0, 0))
     surrogate = case.region(stats)

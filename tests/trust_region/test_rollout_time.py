@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,6 +144,46 @@ def test_in_bf16_what_is_kept_is_as_coarse_as_training_and_no_coarser(tiny_model
     with precision.forward_context():
         output = module.policy.head(module.policy.hidden_states(batch), batch, module.objective)
     assert not output.divergence.any()
+
+
+@pytest.mark.parametrize("precision", [None, MixedPrecision("bf16-mixed", "cpu")], ids=["32-true", "bf16-mixed"])
+def test_log_probs_are_scored_in_the_precision_of_training(precision: Any, tiny_model_dir: str) -> None:
+    rows = sequences()
+    module = make_module(tiny_model_dir, PPOClip(anchor="recomputed"), precision)
+    module._reference = [module.policy]
+    batch = pack(rows, np.ones(len(rows)), module.layout)
+    with module.trainer.precision_plugin.forward_context(), torch.no_grad():
+        training = module.policy.head(module.policy.hidden_states(batch), batch)
+    share = [rows]
+    module.annotate(rows)
+    (_, remembered), *_ = found = module._remember_share((frozenset({"recomputed_logp"}), share))
+    assert len(remembered) == rows[0].tokens
+    scored = (
+        module._score_share(("policy", share)),
+        module._score_share(("reference", share)),
+        [logp for _, logp in found],
+    )
+    for logps in scored:
+        assert torch.equal(torch.from_numpy(np.concatenate(logps)), training)
+    exact = module.policy.head(module.policy.hidden_states(batch), batch)
+    assert (exact == training).all() == (precision is None)
+
+
+@pytest.mark.parametrize("needs", [{"full"}, {"recomputed_logp"}, {"full", "recomputed_logp"}], ids=str)
+def test_a_sequences_piece_is_sent_without_its_micro_batch(needs: set[str], tiny_model_dir: str) -> None:
+    rows, module = sequences() * 16, make_module(tiny_model_dir, FullTV())
+    module._reference = [module.policy]
+
+    def size(piece: Any) -> int:
+        return 0 if piece is None else piece.nbytes
+
+    for found in (
+        module._remember_share((frozenset(needs), [rows])),
+        module._remember_share((frozenset(needs), [rows[:32], rows[32:]])),
+        [(logp, None) for which in ("policy", "reference") for logp in module._score_share((which, [rows]))],
+    ):
+        for pieces in found:
+            assert 0 < sum(map(size, pieces)) <= len(pickle.dumps(pieces)) < sum(map(size, pieces)) + 1000
 
 
 def test_the_engine_is_asked_for_as_many_log_probs_as_something_needs() -> None:
