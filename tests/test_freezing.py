@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from small_runs import fit, sgd
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
+from dppo_lightning.scaling.zero import ZeroStrategy
 
 
 def originals(folder: str) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ def test_half_precision_without_float32_weights_is_refused(tiny_policy_dir: str)
     assert "\n" not in str(caught.value)
 
 
-def test_deepspeed_keeps_float32_weights_itself() -> None:
+def test_zero_keeps_float32_weights_itself() -> None:
     class Trainer:
         precision = "bf16-true"
-        strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+        strategy: Any = ZeroStrategy.__new__(ZeroStrategy)
 
         class state:
             fn = "fit"
