@@ -28,6 +28,7 @@ from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
 from dppo_lightning.scaling.controller import Work
 from dppo_lightning.scaling.resume import count_batches_anew
 from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
+from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
 from dppo_lightning.timeline import Span
@@ -146,6 +147,16 @@ class DPPOModule(pl.LightningModule):
     def penalises_reward(self) -> bool:
         """Whether KL to the reference is subtracted from the reward."""
         return self.kl.coefficient > 0 and self.kl.where == "reward"
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None. It is Lightning's first hook: before ranks meet, a model is loaded, or an engine is started.
+
+        Raises:
+            ConfigError: The trainer has a strategy or a precision that trains wrongly.
+        """
+        check_strategy(self.trainer.strategy)
+        check_precision(self.trainer)
+        return []
 
     def configure_model(self) -> None:
         """Load the policy, and the reference when KL asks for one."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,12 +20,13 @@ from dppo_lightning.head import PolicyHead
 from dppo_lightning.logits import LogitTransform
 from dppo_lightning.lora import LoRA, adapt, merged_weights, scaled_adapters
 from dppo_lightning.packing import Layout
+from dppo_lightning.precision import KeepsBuffers
 
 if TYPE_CHECKING:
     from dppo_lightning.rollout.engine import RolloutEngine
 
 
-class Policy(nn.Module):
+class Policy(KeepsBuffers):
     """A causal LM with its output projection taken over by a PolicyHead.
 
     Args:

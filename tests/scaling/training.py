@@ -132,11 +132,19 @@ def train(
     save: Path | None = None,
     beta: float = 0.0,
     clip: float | None = None,
+    precision: str = "32-true",
+    gradient_checkpointing: bool = False,
     probe: Any = None,
 ) -> Trained:
     """Train, and return what came of it on this rank."""
     world = 1 if strategy == "one" else torch.distributed.get_world_size()
-    module = EngineLess(policy_dir, BinaryTV(0.002), optimizer=optimizer_of(optimizer), kl=ReferenceKL(beta))
+    module = EngineLess(
+        policy_dir,
+        BinaryTV(0.002),
+        optimizer=optimizer_of(optimizer),
+        kl=ReferenceKL(beta),
+        gradient_checkpointing=gradient_checkpointing,
+    )
     metrics = Memory()
     trainer = pl.Trainer(
         **QUIET
@@ -147,6 +155,7 @@ def train(
             "max_steps": max_steps,
             "accumulate_grad_batches": accumulate,
             "gradient_clip_val": clip,
+            "precision": precision,
             "use_distributed_sampler": False,
         }
     )
