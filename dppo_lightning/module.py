@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -24,7 +25,8 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
-from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
+from dppo_lightning.rollout.parity import LIMITS, ParityProbe
+from dppo_lightning.rollout.weight_sync import WeightSync
 from dppo_lightning.scaling.controller import Work
 from dppo_lightning.scaling.resume import count_batches_anew
 from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
@@ -120,6 +122,7 @@ class DPPOModule(pl.LightningModule):
         self._sync: WeightSync | None = None
         self._sync_metrics: dict[str, float] = {}
         self._synced: int | None = None  # the version that the engine has
+        self._as_loaded = True  # the policy has the weights of its folder
         self._train_started = self._train_seconds = 0.0
         self._pending: dict[str, float] = {}
 
@@ -184,6 +187,7 @@ class DPPOModule(pl.LightningModule):
             shard_frozen(self.trainer.strategy, reference)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._as_loaded = False
         count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
@@ -217,6 +221,7 @@ class DPPOModule(pl.LightningModule):
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._as_loaded = False
         self._pending["train/grad_norm"] = gradient_norm(optimizer)
         self._pending["train/learning_rate"] = optimizer.param_groups[0]["lr"]
 
@@ -286,22 +291,22 @@ class DPPOModule(pl.LightningModule):
         metrics = {
             "time/sync": report.seconds,
             "sync/bytes": float(report.bytes),
-            "sync/parity_error": report.parity_error,
+            "sync/parity_error": report.parity.largest,
+            "sync/parity_mean": report.parity.mean,
         }
         return [metrics] * self.trainer.world_size
 
     def _make_sync(self) -> WeightSync:
         data = self.data
-        tolerance = data.parity_tolerance
-        if tolerance is None:
-            coarse = "bfloat16" if "bf16" in str(self.trainer.precision) else "float32"
-            tolerance = max(TOLERANCE[data.rollout_dtype], TOLERANCE[coarse])
-        probe = (data.heldout_prompts or data.train_prompts)[0]
+        coarse = "bfloat16" if "bf16" in str(self.trainer.precision) else "float32"
+        dtype = max(data.rollout_dtype, coarse, key=lambda name: LIMITS[name].first)
+        prompts = data.heldout_prompts or data.train_prompts
         assert data.stream is not None
-        return WeightSync(data.stream.inbox, probe, data.sampling, tolerance, self._logp_of_one)
-
-    def _logp_of_one(self, sequence: Sequence) -> np.ndarray:
-        return self._score("policy", [sequence])[0]
+        probe = ParityProbe(
+            data.stream.inbox, prompts, data.sampling, dtype, data.parity_tolerance, partial(self._score, "policy")
+        )
+        # with an adapter rank the engine answers nothing before its first update
+        return WeightSync(probe, as_loaded=self._as_loaded and data.engine.adapter_rank is None)
 
     def annotate(self, sequences: list[Sequence]) -> None:
         """Before a rollout's first step: what is needed of rollout time and of the reference.

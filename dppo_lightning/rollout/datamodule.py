@@ -76,7 +76,8 @@ class RolloutDataModule(pl.LightningDataModule):
         top_p: Refused below 1 in training.
         top_k: Refused above 0 in training.
         rollout_dtype: Of the engine's weights.
-        parity_tolerance: Largest accepted log-prob difference after a weight update, in nats; None: by dtype.
+        parity_tolerance: Largest accepted log-prob difference of a single token after a weight update, in nats; None:
+            by what engine and trainer differed by before the first update, see rollout/parity.py.
         evaluate_every_n_steps: Held-out evaluation before the first step, then every so many optimizer steps, and after
             the last.
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
