@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,29 +163,44 @@ class DPPOModule(pl.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Load the policy, and the reference when KL asks for one."""
-        check_precision(self.trainer)  # first: a policy that was loaded to be evaluated may now be trained
-        if self.policy is not None:
-            return
-        temperature = self.data.sampling.temperature or 1.0
-        shared = self.shared_prompts
-        self.policy = Policy(
+        """Load and check the policy, and the reference when KL asks for one; then the engine may start.
+
+        Raises:
+            ConfigError: A model cannot be used, on a single rank; on several each ends with the same RankError.
+        """
+        data = self.data
+        if self.policy is None:
+            with data.together():
+                self._load()
+            assert self.policy is not None
+            data.agree(self.policy.layout, "layout of micro-batches")
+        data.start()
+
+    def _load(self) -> None:
+        settings: dict[str, Any] = {
+            "temperature": self.data.sampling.temperature or 1.0,
+            "logits_mib": self.logits_mib,
+            "shared_prompts": self.shared_prompts,
+            "longest": self.data.longest,
+        }
+        # what trains is kept in evaluation mode, but for what recomputes activations, and Lightning warns of that
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        policy = Policy(
             self.policy_name,
-            temperature,
-            self.logits_mib,
-            self.gradient_checkpointing,
-            shared,
+            gradient_checkpointing=self.gradient_checkpointing,
             lora=self.lora,
             frozen=self.frozen,
             seed=self.data.seed,
+            **settings,
         )
-        shard(self.trainer.strategy, self.policy)
+        shard(self.trainer.strategy, policy)
         if self.kl.coefficient > 0 and self.lora is not None:
-            self._reference = [Unadapted(self.policy)]
+            self._reference = [Unadapted(policy)]
         elif self.kl.coefficient > 0:
-            reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
+            reference = Policy(self.policy_name, **settings)
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
+        self.policy = policy
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._as_loaded = False

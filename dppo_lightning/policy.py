@@ -17,10 +17,11 @@ from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.freezing import freeze
 from dppo_lightning.head import PolicyHead
-from dppo_lightning.logits import LogitTransform
 from dppo_lightning.lora import LoRA, adapt, merged_weights, scaled_adapters
+from dppo_lightning.model_check import as_loaded, ask, backbone_name, check
 from dppo_lightning.packing import Layout
 from dppo_lightning.precision import KeepsBuffers
+from dppo_lightning.rope import settle_frequencies
 
 if TYPE_CHECKING:
     from dppo_lightning.rollout.engine import RolloutEngine
@@ -39,14 +40,17 @@ class Policy(KeepsBuffers):
         lora: Train adapters on the model instead of the model; None: the model itself.
         frozen: Name patterns of parameters that are not trained.
         seed: Of the adapters' first values.
+        longest: Length of the longest sequence, in tokens, which the engine is told too; None: the model's context.
 
     Attributes:
         layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
-            off or the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers).
+            off, the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers), or the
+            model computes something else when it is packed.
+        why_rows: Which of these it is; empty when packed.
 
     Raises:
         ConfigError: The model cannot be found or is no causal LM, or has nothing of the name that ``lora`` or
-            ``frozen`` gives.
+            ``frozen`` gives, or the log-probs that are computed here are not those of its own logits.
     """
 
     def __init__(
@@ -59,27 +63,41 @@ class Policy(KeepsBuffers):
         lora: LoRA | None = None,
         frozen: Sequence[str] = (),
         seed: int = 0,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.lora = lora
-        self.model = load_model(name).train()  # checkpointing works in training mode only; every dropout is off
-        self.layout: Layout = "packed" if shared_prompts and attention.supports_segments(self.model) else "rows"
-        if self.layout == "packed":
-            self.model.set_attn_implementation(attention.NAME)
+        self.model = load_model(name, longest)
+        self.backbone_name = backbone_name(self.model)
         if lora is not None:
             adapt(self.model, lora, seed)
         freeze(self.model, frozen)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        transform = LogitTransform.of_model(self.model.config.get_text_config(), temperature)
-        self.head = PolicyHead(self.model.get_output_embeddings(), transform, logits_mib)
+        with as_loaded(self.model):
+            told = ask(self.model)
+            self.head = PolicyHead(self.model.get_output_embeddings(), told.transform(temperature), logits_mib)
+            self.train()
+            self.layout: Layout
+            self.layout, self.why_rows = check(self, told, shared_prompts)
+
+    def train(self, mode: bool = True) -> Policy:
+        """Training mode, for the layers that recompute their activations alone: they do it in no other.
+
+        Nothing else may be in it. It turns on dropout and the noise of routers, and the trainer's log-probs must be
+        those of the policy that samples.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        return self
 
     def hidden_states(self, batch: TrainingBatch) -> Float[Tensor, "N H"]:
         """Hidden states at the positions that predict a generated token.
 
         Rows need no attention mask: they are padded on the right, and under causal attention nothing real sees padding.
         """
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        backbone = self.model.get_submodule(self.backbone_name)
         hidden = backbone(input_ids=batch.input_ids, use_cache=False, **_attends(batch)).last_hidden_state
         return functional.embedding(batch.predict_index, hidden.flatten(0, 1))  # a shared prompt's end is taken often
 
@@ -113,29 +131,35 @@ class Policy(KeepsBuffers):
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:
-    """What tells the model how the row attends.
-
-    A mask with four dimensions is handed on as it is: with none, transformers would look at the positions, find several
-    sequences in the row, and build a mask of [T, T].
-    """
+    """What tells the model how the row attends; a mask with four dimensions is handed on as it is."""
     if batch.segments is None:
         return {}
-    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    unused = torch.ones(attention.UNUSED, dtype=torch.bool, device=batch.input_ids.device)
     return {"position_ids": batch.position_ids, "attention_mask": unused, "segments": batch.segments}
 
 
-def load_model(name: str) -> PreTrainedModel:
+def load_model(name: str, longest: int | None = None) -> PreTrainedModel:
     """Load in float32 with every dropout off: the trainer's log-probs must be those of the policy that samples.
+
+    Args:
+        name: Hugging Face id or folder.
+        longest: Length of the longest sequence, in tokens; None: the model's context.
 
     Raises:
         ConfigError: The model cannot be found or is no causal LM.
     """
     config = load_config(name)
+    text = config.get_text_config()
+    settle_frequencies(text, longest)
+    # transformers' "sdpa" leaves the softcap of attention out
+    softcapped = getattr(text, "attn_logit_softcapping", None) is not None
     for key in vars(config):
         if key.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop")) and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation="eager" if softcapped else None
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
     return model

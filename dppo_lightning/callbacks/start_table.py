@@ -44,6 +44,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     engine = data.engine.health().description
     return [
         ("model", f"{module.policy_name} ({counts}, {trainer.precision})"),
+        ("layout", module.layout + (f" ({module.policy.why_rows})" if module.policy.why_rows else "")),
         ("trust region", f"{type(module.region).__name__}({region})"),
         ("anchor", f"{module.region.describe()['anchor']} policy"),
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,21 +160,37 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
 
     def setup(self, stage: str) -> None:
-        """Load prompts, then start the engine; everything that can be wrong without it is found before it starts."""
+        """Load prompts. The engine starts when the policy has been loaded: what can be wrong without it comes first."""
         if self.ranks is not None:
             return
         self.ranks = Ranks()
         self.controller = Controller(self.ranks, self.module.work)
         if self.ranks.world_size > 1:
             self.ranks.agree(fingerprint(self.module, self), "configuration")
+        with self.together():
+            self._set_up(stage)
+
+    @contextmanager
+    def together(self) -> Generator[None, None, None]:
+        """What goes wrong inside on one rank goes wrong on every rank.
+
+        Raises:
+            RankError: Of several ranks, one has failed; a single rank raises what it raises.
+        """
+        assert self.ranks is not None
         error: Exception | None = None
         try:
-            self._set_up(stage)
+            yield
         except Exception as failure:
             error = failure
         if self.ranks.world_size == 1 and error is not None:
             raise error
         self.ranks.all_ranks_ok(error)
+
+    def agree(self, value: Any, what: str) -> None:
+        """Make sure that every rank has the same value, see Ranks.agree."""
+        assert self.ranks is not None
+        self.ranks.agree(value, what)
 
     def _set_up(self, stage: str) -> None:
         trainer = self.trainer
@@ -189,13 +206,22 @@ class RolloutDataModule(pl.LightningDataModule):
                     f"{trainer.world_size} ranks share {completions} completions a step: raise data.prompts_per_step "
                     "or data.samples_per_prompt, or use fewer ranks"
                 )
-        spec = self.load_prompts(self.module.policy_name)
-        if trainer.is_global_zero:
-            self._start(spec)
+        self.spec = self.load_prompts(self.module.policy_name)
 
-    def _start(self, spec: EngineSpec) -> None:
-        """On rank 0: the engine and the stream."""
-        self.engine.start(spec)
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence of the run, in tokens."""
+        return self.spec.max_model_len
+
+    def start(self) -> None:
+        """Start the engine and the stream, on rank 0, once the policy has been found to be one that can be trained."""
+        assert self.ranks is not None
+        with self.together():
+            if self.ranks.is_controller and self.stream is None:
+                self._start()
+
+    def _start(self) -> None:
+        self.engine.start(self.spec)
         self.sampler.start(self.train_prompts, self.seed)
         self.stream = RolloutStream(
             engine=self.engine,
