@@ -21,12 +21,38 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
+HERE = Path(__file__).parent
+TOGETHER = {
+    "scaling",
+    "rollout/test_adapters.py",
+    "rollout/test_engine_contract.py",
+    "rollout/test_restart.py",
+    "cli/test_export.py",
+    "test_lora.py",
+    "test_prepare.py",
+    "test_shared_prompt.py",
+}
+"""Folders and files whose tests share what is dear to make."""
+
+SLOW_LIMIT = 1800.0
+"""Seconds for one test of the slow suite."""
+
 CHARACTERS = [chr(code) for code in range(32, 127)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     limits.mark_this_run()
     config.pluginmanager.register(limits)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist tests that share an engine, ranks or a run stay together, the largest groups first."""
+    for item in items:
+        path = item.path.relative_to(HERE)
+        if path.as_posix() in TOGETHER or path.parts[0] in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else path.stem))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
 
 
 @pytest.fixture(scope="session", autouse=True)
