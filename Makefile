@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo install test test-slow lint clean
+.PHONY: demo install test test-slow mutants lint clean
 
 demo: install models/tiny
 	$(BIN)/dppo fit --config configs/quickstart.yaml $(ARGS)
@@ -27,6 +27,9 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations 10
+
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
