@@ -136,8 +136,8 @@ class Sequence:
         topk_ids: [T, K + 1] int64 or None: mu's K most likely ids, then the sampled token.
         rollout_topk_logp: [T, K + 1] float32 or None; -inf in the last column when the sampled token is among the K.
         reference_logp: [T] float32 or None, log-probs under the reference model.
-        recomputed_logp: [T] float32 or None, log-probs under the policy of rollout time, recomputed by the trainer.
-        rollout_hidden: [T, H] or None, the policy's hidden states of rollout time, for full-vocabulary regions.
+        recomputed_logp: [T] float32 or None, log-probs under the trainer's policy before the rollout's first step.
+        rollout_hidden: [T, H] or None, the hidden states of the same policy, for full-vocabulary regions.
         truncated: Whether the completion was cut by the length limit.
     """
 
@@ -207,6 +207,7 @@ class TrainingBatch:
         topk_ids, rollout_topk_logp: [N, K + 1] or None.
         reference_logp, recomputed_logp: [N] float32 or None.
         rollout_hidden: [N, H] or None.
+        chosen: [N] bool, or [N, C] for several choices, or None: what the region chose over the whole step.
     """
 
     input_ids: Tensor
@@ -227,6 +228,7 @@ class TrainingBatch:
     reference_logp: Tensor | None = None
     recomputed_logp: Tensor | None = None
     rollout_hidden: Tensor | None = None
+    chosen: Tensor | None = None
 
     @property
     def tokens(self) -> int:

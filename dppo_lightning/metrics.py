@@ -58,6 +58,7 @@ GLOSSARY: dict[str, str] = {
     "time/reward": "seconds of reward functions, of the rollout that the step begins; generation goes on meanwhile",
     "time/annotate": "seconds of no-gradient passes before a rollout's first step, 0 when nothing asks for them: "
     "recomputed log-probs, hidden states (full-vocabulary regions, diagnostics), reference log-probs",
+    "time/choose": "seconds of the no-gradient pass before a step, for a region that chooses among all of its tokens",
     "time/train": "seconds of forward, backward and optimizer of the step",
     "time/sync": "seconds of the weight update and parity probe after the rollout's last step",
     "sync/parity_error": "largest |log-prob of the engine - log-prob of the trainer| over the probe's tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,7 @@ from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
 from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
+from dppo_lightning.step_choice import choose_over_step, statistics
 from dppo_lightning.timeline import Span
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
@@ -325,7 +327,7 @@ class DPPOModule(pl.LightningModule):
         return WeightSync(probe, as_loaded=self._as_loaded and data.engine.adapter_rank is None)
 
     def annotate(self, sequences: list[Sequence]) -> None:
-        """Before a rollout's first step: what is needed of rollout time and of the reference.
+        """Before a rollout's first step: what is needed of the policy as it is now, and of the reference.
 
         For "recomputed_logp" and "full" together one pass; what is not needed is not computed.
         """
@@ -335,6 +337,25 @@ class DPPOModule(pl.LightningModule):
         if self._reference and sequences and sequences[0].reference_logp is None:
             for sequence, logp in zip(sequences, self._score("reference", sequences), strict=True):
                 sequence.reference_logp = logp
+
+    def choose(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Before an optimizer step, on every rank with its micro-batches: the same with what the region chose.
+
+        A pass without gradient, so that the choice is one among all tokens of the step, under its first weights.
+        """
+        if "chosen" not in self.region.needs:
+            return batches
+        assert self.policy is not None
+        started = time.perf_counter()
+        with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():
+            mine = [statistics(batch, self.policy.logp(batch.to(self.device))) for batch in batches]
+        ranks = self.data.ranks
+        assert ranks is not None
+        step = ranks.everyone(mine)
+        chosen = iter(choose_over_step(self.region, [tokens for theirs in step for tokens in theirs]))
+        shares = [[next(chosen) for _ in theirs] for theirs in step]
+        self._pending["time/choose"] = time.perf_counter() - started
+        return [replace(batch, chosen=one) for batch, one in zip(batches, shares[ranks.rank], strict=True)]
 
     def reward_penalty(self, groups: list[Group]) -> list[np.ndarray]:
         """beta * sum over each completion's tokens of the estimated KL to the reference."""
@@ -351,7 +372,7 @@ class DPPOModule(pl.LightningModule):
         return [self.kl.coefficient * cost for cost in costs]
 
     def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
-        """Keep the policy of rollout time: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
+        """Keep the policy as it is now: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
         for sequence, (hidden, logp) in zip(sequences, self._everyone("remember", needs, sequences), strict=True):
             sequence.rollout_hidden = hidden
             sequence.recomputed_logp = logp
@@ -392,7 +413,7 @@ class DPPOModule(pl.LightningModule):
     def _remember_share(
         self, share: tuple[frozenset[str], list[list[Sequence]]]
     ) -> list[tuple[Tensor | None, np.ndarray | None]]:
-        """On every rank: hidden states and log-probs of rollout time, each where it is needed."""
+        """On every rank: hidden states and log-probs under the weights as they are now, each where it is needed."""
         needs, parts = share
         assert self.policy is not None
         head = self.policy.head

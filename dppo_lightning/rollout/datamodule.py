@@ -396,7 +396,7 @@ class RolloutLoader:
         while trainer.global_step < trainer.max_steps:
             for plan in data.controller.direct(partial(data.plan_rollout, trainer.global_step)):
                 data.plan = plan
-                yield from plan.batches
+                yield from data.module.choose(plan.batches)
 
 
 class Evaluated:
