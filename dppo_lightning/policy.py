@@ -74,7 +74,7 @@ class Policy(KeepsBuffers):
         freeze(self.model, frozen)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        with as_loaded(self.model):
+        with as_loaded(self.model, longest):
             told = ask(self.model)
             self.head = PolicyHead(self.model.get_output_embeddings(), told.transform(temperature), logits_mib)
             self.train()

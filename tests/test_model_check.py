@@ -90,10 +90,38 @@ TRAINED: dict[str, tuple[PreTrainedConfig, str]] = {
         "rows",
     ),
     "frequencies that follow the length": (stretched(), "packed"),
+    "a decoder that is called by another door": (
+        hugging_face(
+            "OPT",
+            **ENDS,
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        ),
+        "packed",
+    ),
 }
+SPARSE = SIZES | {
+    "head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 16,
+    "index_topk": 100,
+}  # fmt: skip
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "an encoder": (hugging_face("Bert", **SIZES | {"head_dim": None}), "not causal"),
     "a layer before the projection": (hugging_face("ModernBertDecoder", **SIZES | {"head_dim": None}), "between"),
+    "an encoder of narrow embeddings": (
+        hugging_face("Electra", **SIZES | {"head_dim": None, "embedding_size": 16}),
+        "between",
+    ),
+    "attention to a few tokens, chosen among later ones too": (
+        hugging_face("DeepseekV32", **SPARSE),
+        "DeepseekV32",
+    ),
 }
 
 
@@ -161,6 +189,13 @@ def test_a_model_that_computes_something_else_is_refused_by_name(name: str, tmp_
     message = refusal(save(config, tmp_path))
     assert what in message
     assert type(AutoModelForCausalLM.from_config(config)).__name__ in message
+
+
+def test_chosen_tokens_do_not_matter_to_a_run_that_has_no_more(tmp_path: Path) -> None:
+    folder = save(hugging_face("DeepseekV32", **SPARSE), tmp_path)
+    policy = Policy(folder, longest=100)
+    torch.testing.assert_close(logp(policy, SHORT), plain(folder, SHORT), rtol=0, atol=2e-5)
+    refusal(folder, longest=101)
 
 
 def test_why_a_model_is_not_packed_is_said(tmp_path: Path) -> None:

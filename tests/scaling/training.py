@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,22 @@ class Recorded(pl.LightningDataModule):
     sampling = Sampling()
     steps_per_rollout = 1
     seed = 0
+    longest = None
 
     def __init__(self, steps: list[list[Sequence]]) -> None:
         super().__init__()
         self.steps = steps
         self.plan: StepPlan | None = None
         self.timeline = Timeline()
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def agree(self, value: Any, what: str) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
 
     def pump(self) -> None:
         pass
