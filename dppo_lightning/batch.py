@@ -31,6 +31,7 @@ class Prompt:
         text: The rendered text that ``token_ids`` encode, for logs and rewards.
         answer: The reference answer, if the source has one.
         columns: Any extra columns of the source's row; passed on to rewards untouched.
+        where: File and line of it, for messages.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Prompt:
     text: str
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Group:
     Attributes:
         prompt: The prompt.
         completions: G completions.
-        texts: [G] their text, without special tokens.
+        texts: [G] their text, without the tokens that begin, end and pad a text.
+        raw_texts: [G] their text with every token; None where ``texts`` lacks only the one that ended it.
         rewards: [G] float64, or None before the reward verb.
         reward_parts: name -> [G] float64, the named parts that the reward reported.
         advantages: [G] float64, or None before the advantage verb.
@@ -87,6 +90,7 @@ class Group:
     reward_parts: dict[str, np.ndarray] = field(default_factory=dict)
     advantages: np.ndarray | None = None
     reference_logp: list[np.ndarray] | None = None
+    raw_texts: list[str | None] = field(default_factory=list)
 
     def sequences(self) -> list[Sequence]:
         """One training sequence for each completion that has at least one token."""
@@ -111,6 +115,8 @@ class Group:
                 "completion": text,
                 "answer": self.prompt.answer,
             }
+            if self.raw_texts and self.raw_texts[index] is not None:
+                row["raw_completion"] = self.raw_texts[index]
             if self.rewards is not None:
                 parts = {name: float(values[index]) for name, values in self.reward_parts.items()}
                 row["reward"] = float(self.rewards[index])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
 from dppo_lightning import attention
 from dppo_lightning.batch import TrainingBatch
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.errors import ConfigError, reason
 from dppo_lightning.freezing import freeze
 from dppo_lightning.head import PolicyHead
 from dppo_lightning.lora import LoRA, adapt, merged_weights, scaled_adapters
@@ -146,7 +147,7 @@ def load_model(name: str, longest: int | None = None) -> PreTrainedModel:
         longest: Length of the longest sequence, in tokens; None: the model's context.
 
     Raises:
-        ConfigError: The model cannot be found or is no causal LM.
+        ConfigError: The model cannot be found or is no causal LM, or its folder lacks some of its weights.
     """
     config = load_config(name)
     text = config.get_text_config()
@@ -157,19 +158,34 @@ def load_model(name: str, longest: int | None = None) -> PreTrainedModel:
         if key.endswith(("dropout", "dropout_prob", "pdrop", "layerdrop")) and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation="eager" if softcapped else None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager" if softcapped else None,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load a causal language model from {name!r}: {_first_line(error)}") from error
-    return model
+    except Exception as error:  # whatever a folder of somebody else's makes transformers raise
+        raise ConfigError(f"cannot load a causal language model from {name!r}: {_refused(name, error)}") from error
+    model, found = loaded
+    # transformers would train on random values in their place
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        raise ConfigError(
+            f"{name!r} holds no weights, or of another shape, for {', '.join(lacking[:3])}{more} of a "
+            f"{type(model).__name__}: set model.policy to a folder with all of them"
+        )
+    return cast(PreTrainedModel, model)
 
 
 def load_config(name: str) -> Any:
     """The model's Hugging Face config.
 
     Raises:
-        ConfigError: There is no such model.
+        ConfigError: There is no such model, or transformers cannot use it; the message gives its reason.
     """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -177,11 +193,13 @@ def load_config(name: str) -> Any:
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or _is_folder_here(name)):
         raise ConfigError(f"model folder {name!r} does not exist: make one with `dppo prepare`, or set model.policy")
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a folder of somebody else's makes transformers raise
+        if path.is_dir():
+            raise ConfigError(f"model folder {name!r} cannot be used: {_refused(name, error)}") from error
         raise ConfigError(
-            f"no model {name!r}: there is no such folder and no such Hugging Face id within reach; "
-            "make one with `dppo prepare tiny --out DIR`, or set model.policy"
+            f"no model {name!r}: there is no such folder, and as a Hugging Face id it gave: {_refused(name, error)}; "
+            "or make a folder with `dppo prepare tiny --out DIR`"
         ) from error
 
 
@@ -193,9 +211,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     load_config(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"no tokenizer in {name!r}: save one there with tokenizer.save_pretrained") from error
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a folder of somebody else's makes transformers raise
+        why = _refused(name, error)
+        raise ConfigError(
+            f"no tokenizer in {name!r} that can be used, save one there with tokenizer.save_pretrained: {why}"
+        ) from error
 
 
 def context_length(name: str) -> int | None:
@@ -208,5 +229,12 @@ def _is_folder_here(name: str) -> bool:
     return "/" in name and Path(name).parent.is_dir()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _refused(name: str, error: Exception) -> str:
+    """Why transformers did not load something of a model, and what to change."""
+    if "trust_remote_code" in str(error):  # an argument that nobody is offered here: a model's own code is never run
+        return (
+            "it is made of code of its own (auto_map), which is never run here: set model.policy to a model of an "
+            f"architecture that transformers {transformers_version} has"
+        )
+    why = reason(error).rstrip(".")
+    return f"{why} (transformers {transformers_version}): mend it, or set model.policy to another model"

@@ -15,7 +15,8 @@ class CompletionLog(RunCallback):
     """Appends to ``completions.jsonl`` (training) and ``heldout.jsonl`` in the run directory.
 
     A line holds: step (optimizer steps taken before it was trained on, or evaluated), prompt_id, prompt, completion,
-    answer, reward, parts, advantage (training only), tokens, finish_reason, versions ([first, last] weight version).
+    answer, reward, parts, advantage (training only), tokens, finish_reason, versions ([first, last] weight version);
+    and raw_completion where the completion's text lacks more than the token that ended it.
     """
 
     def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:

@@ -30,6 +30,8 @@ from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.scaling.controller import Controller
 from dppo_lightning.scaling.ranks import Ranks
+from dppo_lightning.special_tokens import stop_token_ids as stop_token_ids
+from dppo_lightning.special_tokens import stop_tokens
 from dppo_lightning.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -153,6 +155,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
+        self.stops: dict[int, str] = {}  # ids that end a completion, each with who names it
 
     @property
     def module(self) -> DPPOModule:
@@ -239,6 +242,7 @@ class RolloutDataModule(pl.LightningDataModule):
             solved_at=self.solved_at,
             reward_timeout=self.reward_timeout,
             timeline=self.timeline,
+            stop_token_ids=spec.stop_token_ids,
         )
 
     @property
@@ -256,9 +260,10 @@ class RolloutDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.max_new_tokens={new} leaves no room for a prompt in a context of {context} tokens")
         limits = [limit for limit in (self.max_prompt_tokens, None if context is None else context - new) if limit]
         longest = min(limits) if limits else None
+        self.stops = stop_tokens(model, self.tokenizer)
         sets = self.prompts.load()
-        self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest)
-        self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest)
+        self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest, self.stops)
+        self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest, self.stops)
         if dropped or heldout_dropped:
             log.info(
                 f"dropped prompts longer than {longest} tokens: {dropped} for training, {heldout_dropped} held out"
@@ -269,7 +274,7 @@ class RolloutDataModule(pl.LightningDataModule):
             dtype=self.rollout_dtype,
             max_model_len=widest + new if context is None else min(widest + new, context),
             max_logprobs=self.module.topk,
-            stop_token_ids=stop_token_ids(model, self.tokenizer),
+            stop_token_ids=tuple(self.stops),
         )
 
     def training_sampling(self) -> Sampling:
@@ -456,19 +461,3 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         **rollout.counts,
         "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
     }
-
-
-def stop_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end of sequence, and the model's generation config's."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    try:
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        configured = None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    found = tuple(sorted(i for i in ids if i is not None))
-    if not found:
-        raise ConfigError(f"{model!r} names no end-of-sequence token: set eos_token in its tokenizer")
-    return found

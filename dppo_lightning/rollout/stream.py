@@ -29,6 +29,7 @@ from dppo_lightning.rollout.flight import GroupFlight
 from dppo_lightning.rollout.inbox import Inbox, Progress
 from dppo_lightning.rollout.pool import PATIENCE, GroupPool, derive_seed
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming, Window
+from dppo_lightning.special_tokens import Decoder
 from dppo_lightning.timeline import Span, Timeline
 
 RewardPenalty = Callable[[list[Group]], list[np.ndarray]]
@@ -78,6 +79,7 @@ class RolloutStream:
         solved_at: A completion counts as solved when its reward is at least this.
         reward_timeout: Seconds that one call of the reward may take.
         timeline: Where spans are added.
+        stop_token_ids: Ids that end a completion; like the tokenizer's own they are no part of its text.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class RolloutStream:
         solved_at: float = 1.0,
         reward_timeout: float = 600.0,
         timeline: Timeline | None = None,
+        stop_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.sampler = sampler
         self.advantage = advantage
@@ -108,7 +111,7 @@ class RolloutStream:
         self.solved_at = solved_at
         self.timeline = timeline or Timeline()
         self.inbox = Inbox(engine)
-        self.worker = RewardWorker(reward, tokenizer, reward_timeout, self.timeline)
+        self.worker = RewardWorker(reward, Decoder(tokenizer, stop_token_ids), reward_timeout, self.timeline)
         overlong = selection.overlong_penalty if selection.overlong == "penalise" else 0.0
         self.pool = GroupPool(self.inbox, self.worker, sampling, samples_per_prompt, seed, overlong, self.timeline)
         self.serial = 0  # groups begun in this run

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +14,8 @@ from torch import Tensor
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.errors import ConfigError, EngineError, SyncError
-from dppo_lightning.policy import load_tokenizer
 from dppo_lightning.rewards.base import Sample
-from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics, stop_token_ids
+from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
@@ -226,13 +223,6 @@ def test_long_prompts_are_dropped_and_the_others_keep_their_names(tiny_policy_di
     run = fit(tiny_policy_dir, data={"prompts": Letters(6), "max_prompt_tokens": 2})
     ids = {prompt.id: len(prompt.token_ids) for prompt in run.data.train_prompts}
     assert ids == {"train/0": 1, "train/1": 2, "train/3": 1, "train/4": 2}
-
-
-def test_a_completion_ends_where_tokenizer_and_model_say_so(tiny_policy_dir: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(tiny_policy_dir)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3]}))
-    assert stop_token_ids(str(tmp_path), tokenizer) == (3, 7, 95)
-    assert stop_token_ids(tiny_policy_dir, tokenizer) == (95,)
 
 
 def make_group(rewards: list[float], lengths: list[int], reasons: str, **parts: list[float]) -> Group:
