@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.errors import ConfigError, EngineError
-from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.prompts.sampler import PromptSampler, draw
 from dppo_lightning.rewards.base import RewardFunction
 from dppo_lightning.rewards.worker import RewardWorker
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, Sampling
@@ -29,6 +29,7 @@ from dppo_lightning.rollout.flight import GroupFlight
 from dppo_lightning.rollout.inbox import Inbox, Progress
 from dppo_lightning.rollout.pool import PATIENCE, GroupPool, derive_seed
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming, Window
+from dppo_lightning.rollout.weight_sync import WeightSync
 from dppo_lightning.timeline import Span, Timeline
 
 RewardPenalty = Callable[[list[Group]], list[np.ndarray]]
@@ -78,6 +79,9 @@ class RolloutStream:
         solved_at: A completion counts as solved when its reward is at least this.
         reward_timeout: Seconds that one call of the reward may take.
         timeline: Where spans are added.
+
+    Attributes:
+        sync: Gives the engine weights and knows which it has; made by the module, and gone with the engine.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class RolloutStream:
         self.solved_at = solved_at
         self.timeline = timeline or Timeline()
         self.inbox = Inbox(engine)
+        self.sync: WeightSync | None = None
         self.worker = RewardWorker(reward, tokenizer, reward_timeout, self.timeline)
         overlong = selection.overlong_penalty if selection.overlong == "penalise" else 0.0
         self.pool = GroupPool(self.inbox, self.worker, sampling, samples_per_prompt, seed, overlong, self.timeline)
@@ -159,7 +164,7 @@ class RolloutStream:
     def _begin(self, count: int, rollout: int | None) -> None:
         """Begin groups: first those that an interruption of the run stopped, then new ones."""
         again, self._begun = self._begun[:count], self._begun[count:]
-        drawn = self.sampler.draw(count - len(again)) if len(again) < count else []
+        drawn = draw(self.sampler, count - len(again)) if len(again) < count else []
         new = [(self.serial + index, prompt) for index, prompt in enumerate(drawn)]
         self.serial += len(drawn)
         for serial, prompt in again + new:
@@ -258,9 +263,12 @@ class RolloutStream:
     def updating(self, version: int) -> Iterator[None]:
         """Around a weight update of the engine; afterwards more rollouts may be within the age bound."""
         stopped = self.pool.interrupt() if self.streaming.partial == "discard" else []
-        yield
-        self.pool.version = version
-        self.pool.restart(stopped)
+        try:
+            yield
+            self.pool.version = version
+        finally:
+            if self.inbox.engine.health().alive:  # also after a refused update: nobody else would ask for them again
+                self.pool.restart(stopped)
         coming = None if self._next is None else next(self.schedule.upcoming(self._next), None)
         if self.streaming.max_staleness and coming is not None:
             self.generate(coming)

@@ -60,7 +60,11 @@ class WeightSync:
         self.sampling = Sampling(sampling.temperature, max_new_tokens=min(16, sampling.max_new_tokens))
         self.tolerance = tolerance
         self.trainer_logp = trainer_logp
-        self.version: int | None = None
+        self.report: SyncReport | None = None  # of the last push
+
+    def in_force(self, version: int) -> bool:
+        """Whether the engine holds these weights: they were the last that it was given, and it says so itself."""
+        return self.report is not None and self.report.version == version == self.inbox.engine.health().version
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """Send the weights as ``version`` and probe; requests in flight stand still meanwhile and go on with them.
@@ -72,12 +76,15 @@ class WeightSync:
         engine, interrupted = self.inbox.engine, self.inbox.in_flight > 0
         if interrupted:
             engine.pause()
-        stats = engine.update_weights(named_tensors, version)
-        if interrupted:
-            engine.resume()
+        try:
+            stats = engine.update_weights(named_tensors, version)
+        finally:
+            if interrupted and engine.health().alive:  # a refused update must not leave it paused
+                engine.resume()
+        self.report = None  # until the probe has shown it
         parity_error = self._probe(version)
-        self.version = version
-        return SyncReport(time.perf_counter() - started, stats.bytes, version, parity_error)
+        self.report = SyncReport(time.perf_counter() - started, stats.bytes, version, parity_error)
+        return self.report
 
     def _probe(self, version: int) -> float:
         completion = self._generate(version)
