@@ -81,6 +81,7 @@ class Group:
         reward_parts: name -> [G] float64, the named parts that the reward reported.
         advantages: [G] float64, or None before the advantage verb.
         reference_logp: For each completion that has a token [T] log-probs under the reference model, or None.
+        step: Optimizer step that trains on it, counted from 0; None before that is laid out, and in evaluation.
     """
 
     prompt: Prompt
@@ -91,6 +92,7 @@ class Group:
     advantages: np.ndarray | None = None
     reference_logp: list[np.ndarray] | None = None
     raw_texts: list[str | None] = field(default_factory=list)
+    step: int | None = None
 
     def sequences(self) -> list[Sequence]:
         """One training sequence for each completion that has at least one token."""
@@ -142,8 +144,9 @@ class Sequence:
         topk_ids: [T, K + 1] int64 or None: mu's K most likely ids, then the sampled token.
         rollout_topk_logp: [T, K + 1] float32 or None; -inf in the last column when the sampled token is among the K.
         reference_logp: [T] float32 or None, log-probs under the reference model.
-        recomputed_logp: [T] float32 or None, log-probs under the trainer's policy before the rollout's first step.
-        rollout_hidden: [T, H] or None, the hidden states of the same policy, for full-vocabulary regions.
+        recomputed_logp: [T] float32 or None, log-probs under the policy that the first step on the rollout finds,
+            recomputed by the trainer; with ``max_staleness`` above 0 it is not the one that sampled.
+        rollout_hidden: [T, H] or None, that policy's hidden states, for full-vocabulary regions.
         truncated: Whether the completion was cut by the length limit.
     """
 

@@ -51,12 +51,14 @@ class StepPlan:
         batches: Exactly ``accumulate_grad_batches`` micro-batches.
         ends_rollout: Whether the engine gets new weights after this step.
         metrics: Logged with the step.
+        empty: Whether no rank has a token to train on.
     """
 
     groups: list[Group]
     batches: list[TrainingBatch]
     ends_rollout: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    empty: bool = False
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -152,6 +154,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.ranks: Ranks | None = None
         self.stream: RolloutStream | None = None  # on rank 0
         self.plan: StepPlan | None = None
+        self._told_empty = False
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
@@ -166,7 +169,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """Load prompts. The engine starts when the policy has been loaded: what can be wrong without it comes first."""
         if self.ranks is not None:
             return
-        self.ranks = Ranks()
+        self.ranks, self.timeline = Ranks(), Timeline()
         self.controller = Controller(self.ranks, self.module.work)
         if self.ranks.world_size > 1:
             self.ranks.agree(fingerprint(self.module, self), "configuration")
@@ -203,6 +206,7 @@ class RolloutDataModule(pl.LightningDataModule):
                 raise ConfigError("set trainer.max_steps to the number of optimizer steps, at least 1")
             self.sampling.check_training()
             self.module.advantage.check(self.samples_per_prompt)
+            self._check_staleness()
             completions = self.prompts_per_step * self.samples_per_prompt
             if completions < trainer.world_size:
                 raise ConfigError(
@@ -223,6 +227,27 @@ class RolloutDataModule(pl.LightningDataModule):
             if self.ranks.is_controller and self.stream is None:
                 self._start()
 
+    def _check_staleness(self) -> None:
+        """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
+
+        Raises:
+            ConfigError: The region or the diagnostics need "full", and ``max_staleness`` is above 0.
+        """
+        ahead = self.streaming.max_staleness
+        if not ahead or "full" not in self.module.needs:
+            return
+        kept = "the whole vocabulary's distribution is kept for the weights at a rollout's first step alone"
+        if "full" in self.module.region.needs:
+            raise ConfigError(
+                f"{type(self.module.region).__name__} needs the weights that sampled each token, and {kept}: set "
+                f"data.streaming.max_staleness to 0, got {ahead}, or use a Top-K region, whose log-probs the engine "
+                "records"
+            )
+        raise ConfigError(
+            f"model.divergence_diagnostics needs the weights that sampled each token, and {kept}: set it to false, or "
+            f"data.streaming.max_staleness to 0, got {ahead}"
+        )
+
     def _start(self) -> None:
         self.engine.start(self.spec)
         self.sampler.start(self.train_prompts, self.seed)
@@ -242,7 +267,7 @@ class RolloutDataModule(pl.LightningDataModule):
             solved_at=self.solved_at,
             reward_timeout=self.reward_timeout,
             timeline=self.timeline,
-            stop_token_ids=spec.stop_token_ids,
+            stop_token_ids=self.spec.stop_token_ids,
         )
 
     @property
@@ -299,9 +324,12 @@ class RolloutDataModule(pl.LightningDataModule):
         started = time.perf_counter()
         self.module.annotate([sequence for mine in sequences for sequence in mine])
         annotate = time.perf_counter() - started
+        parts = np.array_split(np.arange(len(rollout.groups)), steps)
+        for index, part in enumerate(parts):
+            for i in part:
+                rollout.groups[i].step = step + index
         for callback in self._run_callbacks():
             callback.on_rollout(self.trainer, self.module, rollout.groups)  # type: ignore[arg-type]
-        parts = np.array_split(np.arange(len(rollout.groups)), steps)
         plans = [
             self._plan_step(
                 [rollout.groups[i] for i in part], [s for i in part for s in sequences[i]], index == steps - 1
@@ -309,7 +337,19 @@ class RolloutDataModule(pl.LightningDataModule):
             for index, part in enumerate(parts)
         ]
         plans[0][0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
+        self._tell_empty(step, plans)
         return [[step_plans[rank] for step_plans in plans] for rank in range(len(plans[0]))]
+
+    def _tell_empty(self, step: int, plans: list[list[StepPlan]]) -> None:
+        """Say once in a run that a step trains on nothing; ``train/empty`` says it of every such step."""
+        for index, (plan, *_) in enumerate(plans):
+            if plan.empty and not self._told_empty:
+                self._told_empty = True
+                why = "all completions of its groups are left out" if plan.groups else "no group is left for it"
+                log.warning(
+                    f"optimizer step {step + index} has no token to train on ({why}) and leaves the weights as they "
+                    "are; train/empty is 1 for every such step"
+                )
 
     def _trained(self, group: Group) -> list[Sequence]:
         """The sequences of a group that are trained on."""
@@ -327,14 +367,17 @@ class RolloutDataModule(pl.LightningDataModule):
         ranks, each = trainer.world_size, trainer.accumulate_grad_batches
         parts = split_by_tokens(sequences, ranks * each, layout)
         batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part]), layout) for part in parts]
-        plans = [StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout) for rank in range(ranks)]
-        plans[0].groups, plans[0].metrics = groups, step_metrics(groups)
+        empty = not counts.sum()
+        plans = [
+            StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout, empty=empty) for rank in range(ranks)
+        ]
+        plans[0].groups, plans[0].metrics = groups, step_metrics(groups) | {"train/empty": float(empty)}
         return plans
 
     def evaluate(self, prompts: list[Prompt]) -> list[list[Group]]:
         """On rank 0: complete and reward held-out prompts; the groups, for each rank."""
         assert self.stream is not None
-        with self.timeline.measure("evaluate"):
+        with self.timeline.measure("evaluate", self.module.steps_taken):
             groups = self.stream.sample(prompts, self.heldout_samples, self.sampling, "heldout")
         return [groups] * self.ranks.world_size  # type: ignore[union-attr]
 

@@ -33,7 +33,12 @@ class WeightSync:
     def __init__(self, probe: ParityProbe, as_loaded: bool) -> None:
         self.probe = probe
         self.as_loaded = as_loaded
-        self.version: int | None = None
+        self.report: SyncReport | None = None  # of the last push
+
+    def in_force(self, version: int) -> bool:
+        """Whether the engine holds these weights: they were the last that it was given, and it says so itself."""
+        held = self.probe.inbox.engine.health().version
+        return self.report is not None and self.report.version == version == held
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """Send the weights as ``version`` and probe; requests in flight stand still meanwhile and go on with them.
@@ -42,14 +47,18 @@ class WeightSync:
             SyncError: Names or shapes differ, the engine reports another version, or the log-probs differ.
         """
         started = time.perf_counter()
-        if self.version is None and self.as_loaded:
+        if self.as_loaded:
             self.probe.look_at_loaded()
+            self.as_loaded = False
         engine, interrupted = self.probe.inbox.engine, self.probe.inbox.in_flight > 0
         if interrupted:
             engine.pause()
-        stats = engine.update_weights(named_tensors, version)
-        if interrupted:
-            engine.resume()
+        try:
+            stats = engine.update_weights(named_tensors, version)
+        finally:
+            if interrupted and engine.health().alive:  # a refused update must not leave it paused
+                engine.resume()
+        self.report = None  # until the probe has shown it
         parity = self.probe.check(version)
-        self.version = version
-        return SyncReport(time.perf_counter() - started, stats.bytes, version, parity)
+        self.report = SyncReport(time.perf_counter() - started, stats.bytes, version, parity)
+        return self.report

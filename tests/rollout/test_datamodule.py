@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from small_runs import QUIET, Letters, Memory, ShareOf, build, fit, sgd
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dppo_lightning.rewards.base import Sample
 from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.scripted import ScriptedEngine
+from dppo_lightning.rollout.streaming import Selection
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 
 from .test_weight_sync import Stale
@@ -174,6 +176,43 @@ def test_a_run_goes_on_without_the_prompts_that_fail(places: list[int], groups: 
         assert run.metrics.of("train/tokens")[1] == 0
         after_first = run.record.weights[1]
         assert all((weight == after_first[name]).all() for name, weight in run.weights.items())
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"engine": Unreliable([0, 1, 2, 3, 4]), "steps_per_rollout": 2}, "no group is left for it"),
+        ({"selection": Selection(resampling=0.5), "reward": ShareOf("")}, "no group is left for it"),
+        ({"selection": Selection(overlong="mask"), "max_new_tokens": 1}, "all completions of its groups are left out"),
+    ],
+    ids=["failed", "without signal", "overlong"],
+)
+def test_a_step_with_nothing_to_train_on_is_told_and_moves_nothing(
+    data: dict[str, Any], why: str, tiny_policy_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither by AdamW's momentum nor by its weight decay, and the schedule goes on."""
+    run = fit(
+        tiny_policy_dir,
+        {"optimizer": adamw, "lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)},
+        data,
+        max_steps=4,
+        accumulate_grad_batches=2,
+    )
+    empty = run.metrics.of("train/empty")
+    assert sum(empty) >= 1
+    assert [tokens == 0 for tokens in run.metrics.of("train/tokens")] == [bool(value) for value in empty]
+    states = [*run.record.weights, run.weights]
+    for step, nothing in enumerate(empty):
+        before, after = states[step], states[step + 1]
+        assert all((before[name] == after[name]).all() for name in before) == bool(nothing)
+        assert run.metrics.of("train/learning_rate")[step] == (0 if nothing else pytest.approx(0.01 * 0.5**step))
+    told = [record.getMessage() for record in caplog.records if "no token to train on" in record.getMessage()]
+    assert len(told) == 1
+    assert f"optimizer step {empty.index(1)} has no token to train on ({why})" in told[0]
 
 
 def test_a_step_does_not_repeat_what_was_logged_for_an_earlier_one(tiny_policy_dir: str) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
 from dppo_lightning.batch import Prompt
-from dppo_lightning.errors import ConfigError, EngineError, RewardError
+from dppo_lightning.errors import ConfigError, EngineError, RewardError, SyncError
 from dppo_lightning.policy import load_tokenizer
 from dppo_lightning.prompts import Shuffled
 from dppo_lightning.rewards.base import RewardFunction, Sample
@@ -227,6 +227,17 @@ def test_an_update_meets_completions_half_way(begin: Any) -> None:
     assert [0, 0, 1, 1, 2, 2] in versions or [1, 1, 2, 2, 3, 3] in versions
     discarded = begin([3.0], [1.0], steps=5, prompts=1, streaming=Streaming(3, partial="discard")).run()
     assert all(len(set(c.versions.tolist())) == 1 for r in discarded for g in r.groups for c in g.completions)
+
+
+def test_a_refused_update_loses_no_completion_that_it_interrupted(begin: Any) -> None:
+    training = begin([1.0], streaming=Streaming(1, partial="discard"))
+    training.sync(0)
+    window = next(training.stream.schedule.upcoming(0))
+    training.stream.generate(window)
+    with pytest.raises(SyncError), training.stream.updating(1):
+        raise SyncError("refused")
+    assert training.stream.pool.version == 0
+    assert len(training.stream.next_rollout(0).groups) == 3
 
 
 def test_a_straggler_is_dropped_when_it_has_become_too_old(begin: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dppo_lightning.batch import Prompt, Sequence
-from dppo_lightning.errors import SyncError
+from dppo_lightning.errors import EngineError, SyncError
 from dppo_lightning.rollout.engine import EngineSpec, Request, RolloutEngine, Sampling, UpdateStats
 from dppo_lightning.rollout.inbox import Inbox
 from dppo_lightning.rollout.parity import GROWTH, LIMITS, SAMPLES, ParityProbe
@@ -124,7 +124,9 @@ def test_the_same_weights_pass_and_the_report_says_what_was_done(
     report = sync.push(model.named_parameters(), version=3)
     assert 0 <= report.parity.mean <= report.parity.largest < 1e-4
     assert report.bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert report.version == sync.version == 3
+    assert report.version == 3
+    assert sync.in_force(3)
+    assert not sync.in_force(4)
     assert report.seconds > 0
 
 
@@ -144,7 +146,8 @@ def test_an_engine_that_drops_updates_is_refused(dtype: str, model: PreTrainedMo
     trained.load_state_dict(changed(model).state_dict())
     with pytest.raises(SyncError, match=r"^after the update to version 1 .* does not hold the policy's weights, or"):
         sync.push(trained.named_parameters(), version=1)
-    assert sync.version == 0
+    assert not sync.in_force(0)
+    assert not sync.in_force(1)
 
 
 def test_an_engine_that_is_wrong_as_loaded_is_told_from_one_that_an_update_makes_wrong() -> None:
@@ -251,7 +254,7 @@ def test_an_engine_that_stamps_another_version_is_refused(model: PreTrainedModel
     sync = make_sync(start(Behind()), logp_of(model))
     with pytest.raises(SyncError, match="weight version 4, not 5"):
         sync.push(model.named_parameters(), version=5)
-    assert sync.version is None
+    assert not sync.in_force(5)
 
 
 def test_a_probe_that_cannot_be_generated_is_refused_with_its_reason() -> None:
@@ -260,12 +263,38 @@ def test_a_probe_that_cannot_be_generated_is_refused_with_its_reason() -> None:
         make_sync(engine, minus_one).push([], version=2)
 
 
+def test_a_refused_update_leaves_the_engine_generating(tiny_model_dir: str) -> None:
+    engine = ScriptedEngine(vocabulary=96, delay=1.0, check_weights=True)
+    engine.start(EngineSpec(tiny_model_dir))
+    sync = make_sync(engine, minus_one)
+    arrived: list[str] = []
+    sync.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda r: arrived.append(r.request_id))
+    with pytest.raises(SyncError, match="missing: "):
+        sync.push([], version=1)
+    sync.inbox.collect(timeout=5.0)
+    assert arrived == ["mine"]
+
+
+def test_an_engine_that_dies_in_an_update_says_so_itself(tiny_model_dir: str) -> None:
+    class Dies(ScriptedEngine):
+        def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> UpdateStats:
+            self.spec = None
+            raise EngineError("out of memory")
+
+    engine = Dies(vocabulary=96, delay=1.0)
+    engine.start(EngineSpec(tiny_model_dir))
+    sync = make_sync(engine, minus_one)
+    sync.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda result: None)
+    with pytest.raises(EngineError, match="out of memory"):
+        sync.push([], version=1)
+
+
 def test_wrong_names_are_refused_and_the_version_stays(model: PreTrainedModel, start: Callable[..., Any]) -> None:
     sync = make_sync(start(TransformersEngine()), logp_of(model))
     sync.push(model.named_parameters(), version=0)
     with pytest.raises(SyncError, match="missing: "):
         sync.push(list(model.named_parameters())[1:], version=1)
-    assert sync.version == 0
+    assert sync.in_force(0)
 
 
 @settings(deadline=None)
