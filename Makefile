@@ -21,11 +21,12 @@ $(INSTALLED): requirements-cpu.txt pyproject.toml
 models/tiny: | $(INSTALLED)
 	$(BIN)/dppo prepare tiny --out $@
 
+# Two tests at a time; those that share an engine or ranks go to one of the two (the groups of tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup --durations 10
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 10
 
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGS)

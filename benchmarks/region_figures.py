@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -178,6 +178,8 @@ def gradient_share(figure: Figure, mu: Tensor, pi: Tensor, advantage: float) -> 
         tokens = TokenStats(logp.requires_grad_(), rollout_logp, advantages, sequence=index, position=index * 0)
     else:
         tokens = figure.plane(mu, pi, advantage)
+    if "chosen" in figure.region.needs:
+        tokens = replace(tokens, chosen=figure.region.choose(tokens))
     (gradient,) = torch.autograd.grad(figure.region(tokens).loss.sum(), tokens.logp)
     if figure.length > 1:
         gradient = gradient.view(len(mu), figure.length)[:, -1]

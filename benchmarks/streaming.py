@@ -135,7 +135,7 @@ def real(args: Any, folder: Path) -> dict[str, Any]:
             rates.append(len(mine) / mine[-1])
             equal_steps.append(points[-1][1])
             done = sum(end <= limit for end in mine)
-            equal_time.append([value for step, value in points if step < max(done, 1)][-1])
+            equal_time.append([value for step, value in points if step <= done][-1])
         masked = [read_metrics(runs[staleness, s] / "metrics.csv")["train/masked_share"] for s in args.seeds]
         share = statistics.mean(value for points in masked for _, value in points)
         rows.append(

@@ -25,6 +25,10 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "dppo_segments"
 
+UNUSED = (1, 1, 1, 1)
+"""Shape of the attention mask that goes with segments, which say all of it. With none, transformers would look at the
+positions, find several sequences in the row, and build a mask of [T, T]."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -121,8 +125,14 @@ def segment_attention(
 
     Returns:
         [1, T, heads, d], and no attention weights.
+
+    Raises:
+        NotImplementedError: The layer asks for what is not known here, or has kept the segments back: the mask that
+            goes with them, ``UNUSED``, would let every token see every other.
     """
     if segments is None:
+        if attention_mask is not None and attention_mask.shape == UNUSED and query.shape[2] > 1:
+            raise NotImplementedError("its layers do not hand on what tells its attention which sequence is whose")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     unknown = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or dropout:

@@ -31,6 +31,7 @@ class Prompt:
         text: The rendered text that ``token_ids`` encode, for logs and rewards.
         answer: The reference answer, if the source has one.
         columns: Any extra columns of the source's row; passed on to rewards untouched.
+        where: File and line of it, for messages.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Prompt:
     text: str
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class Group:
     Attributes:
         prompt: The prompt.
         completions: G completions.
-        texts: [G] their text, without special tokens.
+        texts: [G] their text, without the tokens that begin, end and pad a text.
+        raw_texts: [G] their text with every token; None where ``texts`` lacks only the one that ended it.
         rewards: [G] float64, or None before the reward verb.
         reward_parts: name -> [G] float64, the named parts that the reward reported.
         advantages: [G] float64, or None before the advantage verb.
         reference_logp: For each completion that has a token [T] log-probs under the reference model, or None.
+        step: Optimizer step that trains on it, counted from 0; None before that is laid out, and in evaluation.
     """
 
     prompt: Prompt
@@ -87,6 +91,8 @@ class Group:
     reward_parts: dict[str, np.ndarray] = field(default_factory=dict)
     advantages: np.ndarray | None = None
     reference_logp: list[np.ndarray] | None = None
+    raw_texts: list[str | None] = field(default_factory=list)
+    step: int | None = None
 
     def sequences(self) -> list[Sequence]:
         """One training sequence for each completion that has at least one token."""
@@ -111,6 +117,8 @@ class Group:
                 "completion": text,
                 "answer": self.prompt.answer,
             }
+            if self.raw_texts and self.raw_texts[index] is not None:
+                row["raw_completion"] = self.raw_texts[index]
             if self.rewards is not None:
                 parts = {name: float(values[index]) for name, values in self.reward_parts.items()}
                 row["reward"] = float(self.rewards[index])
@@ -136,8 +144,9 @@ class Sequence:
         topk_ids: [T, K + 1] int64 or None: mu's K most likely ids, then the sampled token.
         rollout_topk_logp: [T, K + 1] float32 or None; -inf in the last column when the sampled token is among the K.
         reference_logp: [T] float32 or None, log-probs under the reference model.
-        recomputed_logp: [T] float32 or None, log-probs under the policy of rollout time, recomputed by the trainer.
-        rollout_hidden: [T, H] or None, the policy's hidden states of rollout time, for full-vocabulary regions.
+        recomputed_logp: [T] float32 or None, log-probs under the policy that the first step on the rollout finds,
+            recomputed by the trainer; with ``max_staleness`` above 0 it is not the one that sampled.
+        rollout_hidden: [T, H] or None, that policy's hidden states, for full-vocabulary regions.
         truncated: Whether the completion was cut by the length limit.
     """
 
@@ -207,6 +216,7 @@ class TrainingBatch:
         topk_ids, rollout_topk_logp: [N, K + 1] or None.
         reference_logp, recomputed_logp: [N] float32 or None.
         rollout_hidden: [N, H] or None.
+        chosen: [N] bool, or [N, C] for several choices, or None: what the region chose over the whole step.
     """
 
     input_ids: Tensor
@@ -227,6 +237,7 @@ class TrainingBatch:
     reference_logp: Tensor | None = None
     recomputed_logp: Tensor | None = None
     rollout_hidden: Tensor | None = None
+    chosen: Tensor | None = None
 
     @property
     def tokens(self) -> int:

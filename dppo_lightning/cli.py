@@ -51,6 +51,7 @@ from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noq
 from dppo_lightning.rollout.vllm_remote import VLLMRemote  # noqa: F401  # known by its short name
 from dppo_lightning.scaling.requeue import Requeued, checkpoint_to_continue
 from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir
+from dppo_lightning.scaling.strategies import check_strategy
 
 # in the environment, so that the ranks that Lightning starts have the same run directory
 STARTED = os.environ.setdefault("DPPO_STARTED", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -135,9 +136,10 @@ class DPPOCommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add what every run has: CSV and TensorBoard beside the configured loggers, and the standard callbacks."""
+        config = self._get(self.config_init, "trainer")
+        check_strategy(config.get("strategy"))
         if self.subcommand == "generate":
             return super().instantiate_trainer(logger=False, **kwargs)
-        config = self._get(self.config_init, "trainer")
         run_dir = config["default_root_dir"]
         configured = config.get("logger")
         more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
@@ -156,9 +158,8 @@ class DPPOCommandLine(LightningCLI):
         plugins = self.slurm.plugins(config.get("plugins"))
         try:
             return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
-        except (ValueError, MisconfigurationException) as error:  # a strategy or device that Lightning does not know
-            line = " ".join(str(error).split())
-            raise ConfigError(f"trainer: {line}; configs/scaling/ has pieces that work") from error
+        except (ValueError, MisconfigurationException) as error:  # a device, a plugin: what Lightning does not accept
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def standard_callbacks() -> list[pl.Callback]:

@@ -27,3 +27,17 @@ class SyncError(DPPOError, RuntimeError):
 
 class RankError(DPPOError, RuntimeError):
     """Something went wrong on one of several ranks; the same line on all of them names the rank and the cause."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, in one line: its first, its type where that tells more, and its cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A line that ends with a colon announces the next; a KeyError's message is a bare key.
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if not said or not isinstance(error, OSError | ValueError | RuntimeError | AssertionError):
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    # Parsers' errors are often replaced by a vaguer one without naming them as its cause.
+    cause = error.__cause__ or (error.__context__ if isinstance(error.__context__, ValueError) else None)
+    if cause is None or (deeper := reason(cause)) in said:
+        return said
+    return f"{said.rstrip('.')} ({deeper})"

@@ -102,7 +102,8 @@ def export(
 def skeleton(trained: Trained) -> PreTrainedModel:
     """The trained model, its adapters included, without memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(trained.base), dtype=torch.float32)
+        config = load_config(trained.base)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.tie_weights()
         if trained.lora is not None:
             adapt(model, trained.lora)

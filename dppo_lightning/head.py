@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from dppo_lightning.logits import (
 )
 from dppo_lightning.objective import Objective, TokenLoss
 from dppo_lightning.scaling.weights import full_copy
-from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens
+from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens, concatenated
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
 
@@ -282,13 +282,14 @@ class _Work:
             entropy=entropy_of(normalised, probabilities, self.room) if self.wants_entropy else None,
             sequence=batch.sequence[rows],
             position=batch.position[rows],
+            chosen=_rows(batch.chosen, rows),
         )
         if not whole or "full" not in self.needs:
             return _Seen(tokens, None)
         return _Seen(tokens, replace(tokens, topk_logp=normalised, rollout_topk_logp=self._rollout_table(rows)))
 
     def _rollout_table(self, rows: slice) -> Float[Tensor, "n V"]:
-        """log mu at every id, rebuilt from the hidden states and the projection of rollout time."""
+        """log mu at every id, rebuilt from what was kept before the rollout's first step."""
         head, hidden = self.head, self.batch.rollout_hidden
         if hidden is None or head.rollout_weight is None:
             raise TokenStatsError(
@@ -345,7 +346,7 @@ class _Work:
         for rows in self._chunks(len(hidden)):
             normalised, probabilities, _ = self._distribution(hidden[rows], weight, bias)
             pieces.append(self._see(rows, normalised, probabilities, whole=False).tokens)
-        loss, grad_logp, grad_entropy = self._differentiate(_Seen(_concatenated(pieces), None), slice(None))
+        loss, grad_logp, grad_entropy = self._differentiate(_Seen(concatenated(pieces), None), slice(None))
         return _Planned(loss, grad_logp, grad_entropy)
 
     def output(self, loss: Tensor) -> HeadOutput:
@@ -412,11 +413,3 @@ class _GradientInForward(torch.autograd.Function):
 
 def _rows(value: Tensor | None, rows: slice) -> Tensor | None:
     return None if value is None else value[rows]
-
-
-def _concatenated(pieces: list[TokenStats]) -> TokenStats:
-    columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
-    joined: dict[str, Any] = {
-        name: None if values[0] is None else torch.cat(values) for name, values in columns.items()
-    }
-    return TokenStats(**joined)

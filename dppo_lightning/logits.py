@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class LogitTransform:
     """From the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
 
     Args:
-        scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``).
+        scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``), > 0.
         softcap: cap * tanh(z / cap) (Gemma's ``final_logit_softcapping``); None for none.
         temperature: Of sampling, > 0.
     """
@@ -26,10 +26,35 @@ class LogitTransform:
     temperature: float = 1.0
 
     @classmethod
-    def of_model(cls, config: Any, temperature: float) -> LogitTransform:
-        """Read a Hugging Face config."""
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None), temperature)
+    def of_model(
+        cls, config: Any, product: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], temperature: float
+    ) -> LogitTransform | None:
+        """The transform that makes the model's own ``logits`` of the ``product``, or None where there is none.
+
+        Scales and caps stand in configs under a dozen names, and the same name multiplies in one model and divides in
+        another: so a config says which numbers there are, and the model's logits say what is done with them.
+
+        Args:
+            config: Hugging Face config.
+            product: Of the model's last hidden states and its output projection.
+            logits: What the model made of it, in the same pass.
+            temperature: Of sampling.
+        """
+        step = max(1, product.numel() // _COMPARED)
+        z, y = (table.flatten()[::step].double() for table in (product, logits))
+        if not z.any():
+            return None
+        rounding = 16 * torch.finfo(logits.dtype).eps
+        numbers = _numbers(config)
+        named = [n for key, n in numbers.items() if "cap" in key and not key.startswith("attn")]
+        for softcap in (*named, None, *numbers.values()):
+            scale = _scale(z, y, softcap, numbers.values(), rounding)
+            if scale is None:
+                continue
+            found = cls(scale, softcap)
+            if (found.apply_(z.clone()) - y).abs().max() <= rounding * y.abs().max():
+                return replace(found, temperature=temperature)
+        return None
 
     def apply_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """Transform in place."""
@@ -46,6 +71,32 @@ class LogitTransform:
             grad.mul_(1 - tanh.square_())
         factor = self.scale / self.temperature
         return grad.mul_(factor) if factor != 1.0 else grad
+
+
+_COMPARED = 1 << 14
+
+
+def _numbers(config: Any) -> dict[str, float]:
+    """Every positive number that stands in a config, by name."""
+    named = config.to_dict().items()
+    return {key: float(n) for key, n in named if type(n) in (int, float) and 0 < n < float("inf")}
+
+
+def _scale(
+    z: Float[Tensor, " n"], y: Float[Tensor, " n"], softcap: float | None, numbers: Iterable[float], exact: float
+) -> float | None:
+    """The factor by which z becomes y under this softcap: the config's own number where one is that near."""
+    if softcap is not None:
+        steep = y.abs() < 0.9 * softcap  # beyond, y says little about z
+        z, y = z[steep], softcap * torch.atanh(y[steep] / softcap)
+    if not z.any():
+        return None
+    measured = float((z @ y) / (z @ z))
+    if measured <= 0:
+        return None
+    candidates = (1.0, *(n for number in numbers for n in (number, 1 / number)))
+    nearest = min(candidates, key=lambda n: abs(n - measured))
+    return nearest if abs(nearest / measured - 1) < exact else measured
 
 
 class Tables:

@@ -62,7 +62,7 @@ class ModelShape:
         config = load_config(name)
         text = config.get_text_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
         units = [*_decoder_layers(model), model.get_input_embeddings(), head]
         heads = text.num_attention_heads

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dppo_lightning.advantage import AdvantageEstimator, GroupMean
@@ -24,12 +29,15 @@ from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
 from dppo_lightning.precision import check_precision
-from dppo_lightning.rollout.weight_sync import TOLERANCE, WeightSync
+from dppo_lightning.rollout.parity import LIMITS, ParityProbe
+from dppo_lightning.rollout.weight_sync import WeightSync
 from dppo_lightning.scaling.controller import Work
 from dppo_lightning.scaling.resume import count_batches_anew
 from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
+from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
+from dppo_lightning.step_choice import choose_over_step, statistics
 from dppo_lightning.timeline import Span
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
@@ -116,9 +124,10 @@ class DPPOModule(pl.LightningModule):
         self.policy: Policy | None = None
         # in a list, so that it is no submodule: never trained, saved or sharded
         self._reference: list[Policy | Unadapted] = []
-        self._sync: WeightSync | None = None
-        self._sync_metrics: dict[str, float] = {}
-        self._synced: int | None = None  # the version that the engine has
+        self._as_loaded = True  # the policy has the weights of its folder
+        self._steps_of_weights = 0  # outside of training: optimizer steps that the weights in memory have seen
+        self._step = 0  # that the present micro-batch belongs to
+        self._lightnings_count = 0
         self._train_started = self._train_seconds = 0.0
         self._pending: dict[str, float] = {}
 
@@ -130,6 +139,18 @@ class DPPOModule(pl.LightningModule):
     @property
     def region(self) -> TrustRegion:
         return self.objective.region
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of the run that made the present weights; what an evaluation counts as its step."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            return self.trainer.global_step
+        return self._steps_of_weights
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the region and the diagnostics read, see TrustRegion."""
+        return self.region.needs.union(*(region.needs for region in self.diagnostics.values()))
 
     @property
     def topk(self) -> int:
@@ -147,33 +168,60 @@ class DPPOModule(pl.LightningModule):
         """Whether KL to the reference is subtracted from the reward."""
         return self.kl.coefficient > 0 and self.kl.where == "reward"
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """None. It is Lightning's first hook: before ranks meet, a model is loaded, or an engine is started.
+
+        Raises:
+            ConfigError: The trainer has a strategy or a precision that trains wrongly.
+        """
+        check_strategy(self.trainer.strategy)
+        check_precision(self.trainer)
+        return []
+
     def configure_model(self) -> None:
-        """Load the policy, and the reference when KL asks for one."""
-        check_precision(self.trainer)  # first: a policy that was loaded to be evaluated may now be trained
-        if self.policy is not None:
-            return
-        temperature = self.data.sampling.temperature or 1.0
-        shared = self.shared_prompts
-        self.policy = Policy(
+        """Load and check the policy, and the reference when KL asks for one; then the engine may start.
+
+        Raises:
+            ConfigError: A model cannot be used, on a single rank; on several each ends with the same RankError.
+        """
+        data = self.data
+        if self.policy is None:
+            with data.together():
+                self._load()
+            assert self.policy is not None
+            data.agree(self.policy.layout, "layout of micro-batches")
+        data.start()
+
+    def _load(self) -> None:
+        settings: dict[str, Any] = {
+            "temperature": self.data.sampling.temperature or 1.0,
+            "logits_mib": self.logits_mib,
+            "shared_prompts": self.shared_prompts,
+            "longest": self.data.longest,
+        }
+        # what trains is kept in evaluation mode, but for what recomputes activations, and Lightning warns of that
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        policy = Policy(
             self.policy_name,
-            temperature,
-            self.logits_mib,
-            self.gradient_checkpointing,
-            shared,
+            gradient_checkpointing=self.gradient_checkpointing,
             lora=self.lora,
             frozen=self.frozen,
             seed=self.data.seed,
+            **settings,
         )
-        shard(self.trainer.strategy, self.policy)
+        shard(self.trainer.strategy, policy)
         if self.kl.coefficient > 0 and self.lora is not None:
-            self._reference = [Unadapted(self.policy)]
+            self._reference = [Unadapted(policy)]
         elif self.kl.coefficient > 0:
-            reference = Policy(self.policy_name, temperature, self.logits_mib, shared_prompts=shared)
+            reference = Policy(self.policy_name, **settings)
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
+        self.policy = policy
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._as_loaded = False
         count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
+        self._steps_of_weights = checkpoint["global_step"]
 
     def configure_optimizers(self) -> Any:
         assert self.policy is not None
@@ -184,9 +232,11 @@ class DPPOModule(pl.LightningModule):
         }
 
     def on_train_start(self) -> None:
+        self.step_metrics, self._pending, self._train_seconds = StepMetrics(), {}, 0.0  # of a step that broke off
         self.ensure_synced()
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
+        self._step = self.trainer.global_step
         self._train_started = time.perf_counter()
         self.data.pump()
 
@@ -206,16 +256,28 @@ class DPPOModule(pl.LightningModule):
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._as_loaded = False
         self._pending["train/grad_norm"] = gradient_norm(optimizer)
         self._pending["train/learning_rate"] = optimizer.param_groups[0]["lr"]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """As Lightning's; a step without a token to train on leaves the weights where they are.
+
+        Otherwise momentum and weight decay would move them by a gradient that is zero because there was nothing.
+        """
+        plan = self.data.plan
+        assert plan is not None
+        with standing_still(optimizer) if plan.empty else nullcontext():
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
         """After the step's last micro-batch: log, and give the engine the new weights when the rollout is used up."""
         ended = time.perf_counter()
         self._train_seconds += ended - self._train_started
-        self.data.timeline.add(Span("train", self._train_started, ended, self.trainer.global_step - 1))
+        self.data.timeline.add(Span("train", self._train_started, ended, self._step))
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
+        self._steps_of_weights = self.trainer.global_step
         plan = self.data.plan
         assert plan is not None
         norm = gradient_norm_of_step(self.trainer)
@@ -245,11 +307,13 @@ class DPPOModule(pl.LightningModule):
         self.log_dict(dict(check_names(values)), logger=False, batch_size=1)
         if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in self.trainer.loggers:  # self.log would repeat what an earlier step had and this one has not
-                logger.log_metrics(values, step=self.trainer.global_step - 1)
+                logger.log_metrics(values, step=self._step)
         self.log_dict({k: values[v] for k, v in bar.items() if v in values}, prog_bar=True, logger=False, batch_size=1)
 
     def ensure_synced(self) -> dict[str, float]:
         """Give the engine the policy's weights, unless it has them, and check that it uses them.
+
+        Whether it has them is not remembered here: an engine that was started anew holds those of its model folder.
 
         Returns:
             Metrics of the last sync.
@@ -257,52 +321,71 @@ class DPPOModule(pl.LightningModule):
         Raises:
             SyncError: The engine does not hold the policy's weights afterwards.
         """
-        if self._synced != self.trainer.global_step:
-            self._sync_metrics = self.data.controller.direct(self._push)
-            self._synced = self.trainer.global_step
-        return self._sync_metrics
+        return self.data.controller.direct(self._bring_up_to_date)
 
-    def _push(self) -> list[dict[str, float]]:
-        """On rank 0: one sync; its metrics, for each rank."""
-        data, version = self.data, self.trainer.global_step
+    def _bring_up_to_date(self) -> list[dict[str, float]]:
+        """On rank 0: a sync, where the engine has other weights; metrics of the last one, for each rank."""
+        data, version = self.data, self.steps_taken
         assert self.policy is not None
-        assert data.stream is not None
-        if self._sync is None:
-            self._sync = self._make_sync()
-        weights = data.controller.beside("weights", self.policy.weights_for(data.engine))
-        with data.timeline.measure("sync", version), data.stream.updating(version):
-            report = self._sync.push(weights, version)
+        stream = data.stream
+        assert stream is not None
+        if stream.sync is None:
+            stream.sync = self._make_sync()
+        if not stream.sync.in_force(version):
+            weights = data.controller.beside("weights", self.policy.weights_for(data.engine))
+            with data.timeline.measure("sync", version), stream.updating(version):
+                stream.sync.push(weights, version)
+        report = stream.sync.report
+        assert report is not None
         metrics = {
             "time/sync": report.seconds,
             "sync/bytes": float(report.bytes),
-            "sync/parity_error": report.parity_error,
+            "sync/parity_error": report.parity.largest,
+            "sync/parity_mean": report.parity.mean,
         }
         return [metrics] * self.trainer.world_size
 
     def _make_sync(self) -> WeightSync:
         data = self.data
-        tolerance = data.parity_tolerance
-        if tolerance is None:
-            coarse = "bfloat16" if "bf16" in str(self.trainer.precision) else "float32"
-            tolerance = max(TOLERANCE[data.rollout_dtype], TOLERANCE[coarse])
-        probe = (data.heldout_prompts or data.train_prompts)[0]
+        coarse = "bfloat16" if "bf16" in str(self.trainer.precision) else "float32"
+        dtype = max(data.rollout_dtype, coarse, key=lambda name: LIMITS[name].first)
+        prompts = data.heldout_prompts or data.train_prompts
         assert data.stream is not None
-        return WeightSync(data.stream.inbox, probe, data.sampling, tolerance, self._logp_of_one)
-
-    def _logp_of_one(self, sequence: Sequence) -> np.ndarray:
-        return self._score("policy", [sequence])[0]
+        probe = ParityProbe(
+            data.stream.inbox, prompts, data.sampling, dtype, data.parity_tolerance, partial(self._score, "policy")
+        )
+        # with an adapter rank the engine answers nothing before its first update
+        return WeightSync(probe, as_loaded=self._as_loaded and data.engine.adapter_rank is None)
 
     def annotate(self, sequences: list[Sequence]) -> None:
-        """Before a rollout's first step: what is needed of rollout time and of the reference.
+        """Before a rollout's first step: what is needed of the policy as it is now, and of the reference.
 
         For "recomputed_logp" and "full" together one pass; what is not needed is not computed.
         """
-        needs = self.region.needs.union(*(region.needs for region in self.diagnostics.values()))
-        if needs & {"recomputed_logp", "full"}:
-            self._remember_rollout(sequences, needs)
+        if self.needs & {"recomputed_logp", "full"}:
+            self._remember_rollout(sequences, self.needs)
         if self._reference and sequences and sequences[0].reference_logp is None:
             for sequence, logp in zip(sequences, self._score("reference", sequences), strict=True):
                 sequence.reference_logp = logp
+
+    def choose(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Before an optimizer step, on every rank with its micro-batches: the same with what the region chose.
+
+        A pass without gradient, so that the choice is one among all tokens of the step, under its first weights.
+        """
+        if "chosen" not in self.region.needs:
+            return batches
+        assert self.policy is not None
+        started = time.perf_counter()
+        with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():
+            mine = [statistics(batch, self.policy.logp(batch.to(self.device))) for batch in batches]
+        ranks = self.data.ranks
+        assert ranks is not None
+        step = ranks.everyone(mine)
+        chosen = iter(choose_over_step(self.region, [tokens for theirs in step for tokens in theirs]))
+        shares = [[next(chosen) for _ in theirs] for theirs in step]
+        self._pending["time/choose"] = time.perf_counter() - started
+        return [replace(batch, chosen=one) for batch, one in zip(batches, shares[ranks.rank], strict=True)]
 
     def reward_penalty(self, groups: list[Group]) -> list[np.ndarray]:
         """beta * sum over each completion's tokens of the estimated KL to the reference."""
@@ -319,7 +402,11 @@ class DPPOModule(pl.LightningModule):
         return [self.kl.coefficient * cost for cost in costs]
 
     def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
-        """Keep the policy of rollout time: log-probs [T]; for "full" hidden states [T, H] and the projection [V, H]."""
+        """Keep the policy as the first step on the rollout finds it: log-probs [T] ("recomputed_logp"); hidden states
+        [T, H] and the projection [V, H] ("full").
+
+        At ``max_staleness`` 0 it is the policy that sampled; above 0 it is not, and "full" is refused.
+        """
         for sequence, (hidden, logp) in zip(sequences, self._everyone("remember", needs, sequences), strict=True):
             sequence.rollout_hidden = hidden
             sequence.recomputed_logp = logp
@@ -360,7 +447,7 @@ class DPPOModule(pl.LightningModule):
     def _remember_share(
         self, share: tuple[frozenset[str], list[list[Sequence]]]
     ) -> list[tuple[Tensor | None, np.ndarray | None]]:
-        """On every rank: hidden states and log-probs of rollout time, each where it is needed."""
+        """On every rank: hidden states and log-probs under the weights as they are now, each where it is needed."""
         needs, parts = share
         assert self.policy is not None
         head = self.policy.head
@@ -401,10 +488,11 @@ class DPPOModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._validation_started = time.perf_counter()
-        self.ensure_synced()
+        self._begin_evaluation()
 
     def on_validation_end(self) -> None:
         """A held-out evaluation runs before on_train_batch_end of the step that it follows: it is no training time."""
+        self._end_evaluation()
         self._train_started += time.perf_counter() - self._validation_started
 
     def on_predict_start(self) -> None:
@@ -415,15 +503,42 @@ class DPPOModule(pl.LightningModule):
         return [record for group in groups for record in group.records()]
 
     def on_test_start(self) -> None:
+        self._begin_evaluation()
+
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    def _begin_evaluation(self) -> None:
+        """Lightning logs it at a count of its own, which is one behind within a step and 0 outside of ``fit``."""
+        loop = self.trainer.fit_loop.epoch_loop
+        self._lightnings_count, loop._batches_that_stepped = loop._batches_that_stepped, self.steps_taken
         self.ensure_synced()
+
+    def _end_evaluation(self) -> None:
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._lightnings_count
 
     def validation_step(self, groups: list[Group], batch_idx: int) -> None:
         """Log rewards and solve rates of one held-out evaluation."""
         values = heldout_metrics(groups, self.data.solved_at)
         self.log_dict(dict(check_names(values)), batch_size=1)
+        if self.trainer.sanity_checking:
+            return
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunCallback):
                 callback.on_heldout(self.trainer, self, groups)
 
     def test_step(self, groups: list[Group], batch_idx: int) -> None:
         self.validation_step(groups, batch_idx)
+
+
+@contextmanager
+def standing_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A learning rate of 0, which every strategy's optimizer understands, for the block."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0  # of the same kind, a number or a tensor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

@@ -100,14 +100,17 @@ def check_needs(region: TrustRegion) -> None:
     """Refuse a region that asks for what the head cannot give it.
 
     Raises:
-        ConfigError: It needs something unknown, "topk" without k, "topk" and "full" at once, or "full" over sequences.
+        ConfigError: It needs something unknown, "topk" without k, "topk" and "full" at once, "full" over sequences, or
+            "chosen" without a ``choose``.
     """
     name, needs = type(region).__name__, region.needs
-    known = {"topk", "recomputed_logp", "entropy", "full"}
+    known = {"topk", "recomputed_logp", "entropy", "full", "chosen"}
     if needs - known:
         raise ConfigError(f"{name}: needs must be among {sorted(known)}, got {sorted(needs - known)}")
     if "topk" in needs and region.k < 1:
         raise ConfigError(f'{name} needs "topk": set k to how many ids are asked of the rollout engine, >= 1')
+    if "chosen" in needs and type(region).choose is TrustRegion.choose:
+        raise ConfigError(f'{name} needs "chosen": write its method choose, which names them among the step\'s tokens')
     if {"topk", "full"} <= needs:
         raise ConfigError(f'{name} needs "topk" and "full", which share one table: choose one of them')
     if "full" in needs and region.scope == "sequence":

@@ -1,17 +1,70 @@
-"""Tiny models with random weights, for every test that needs a model."""
+"""What holds for every test, and tiny models with random weights for those that need a model."""
+# ruff: noqa: E402  (torch reads the environment when it loads)
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: spinning threads slow down tiny models
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+from surroundings import TERMINAL, without_the_users_settings
 
+without_the_users_settings(os.environ)
+
+import limits
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# The same examples every time, and no time limit on one: a test that fails, fails for everybody.
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
+
+HERE = Path(__file__).parent
+TOGETHER = {
+    "scaling",
+    "rollout/test_adapters.py",
+    "rollout/test_engine_contract.py",
+    "rollout/test_restart.py",
+    "cli/test_export.py",
+    "test_lora.py",
+    "test_prepare.py",
+    "test_shared_prompt.py",
+}
+"""Folders and files whose tests share what is dear to make."""
+
+SLOW_LIMIT = 1800.0
+"""Seconds for one test of the slow suite."""
+
 CHARACTERS = [chr(code) for code in range(32, 127)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    limits.mark_this_run()
+    config.pluginmanager.register(limits)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist tests that share an engine, ranks or a run stay together, the largest groups first."""
+    for item in items:
+        path = item.path.relative_to(HERE)
+        if path.as_posix() in TOGETHER or path.parts[0] in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else path.stem))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty folder, a terminal of 80 columns; and at the end nothing still runs that a test has started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("started_here"))
+        for name, value in TERMINAL.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["dppo"])  # Lightning warns of pytest's
+        yield
+    assert not (left := limits.end_what_is_left()), f"left running: {left}"
 
 
 def save_tiny_llama(folder: Path, tied: bool) -> str:

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from benchmark_files import BENCHMARKS, load, shown_help
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)  # by its file: tests/scaling/ has the name of a benchmark
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def last_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> dict:
@@ -44,14 +31,15 @@ def test_the_benchmarks_are_those_of_the_docs() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_needs_none_of_the_peers(name: str) -> None:
-    hidden = "import sys, runpy; sys.modules |= {'trl': None, 'vllm': None, 'datasets': None}; "
-    run = f"sys.argv = ['{name}.py', '--help']; sys.path[0] = {str(BENCHMARKS)!r}; "
-    call = f"runpy.run_path({str(BENCHMARKS / name)!r} + '.py', run_name='__main__')"
-    shown = subprocess.run([sys.executable, "-c", hidden + run + call], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "usage:" in shown.stdout
-    assert "--help" in shown.stdout
+def test_help_needs_none_of_the_peers(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for peer in ("trl", "vllm", "datasets"):
+        monkeypatch.setitem(sys.modules, peer, None)  # an import of it fails
+    shown = shown_help(name, monkeypatch, capsys)
+    assert "usage:" in shown
+    assert "--help" in shown
+    assert '__name__ == "__main__"' in (BENCHMARKS / f"{name}.py").read_text()
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("head", []), ("step", ["--only", "trl"]), ("step", [])])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from small_runs import Letters, ShareOf, fit, sgd, share
+from small_runs import QUIET, Letters, ShareOf, build, fit, sgd, share
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,7 +26,7 @@ from dppo_lightning.metrics import check_names
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.policy import Policy
 from dppo_lightning.rewards.base import Sample
-from dppo_lightning.rollout.weight_sync import TOLERANCE, SyncReport, WeightSync
+from dppo_lightning.rollout.parity import LIMITS
 from dppo_lightning.trust_region import BinaryKL, BinaryTV, NoTrustRegion
 
 END = 95
@@ -234,45 +236,68 @@ def test_every_logged_name_is_in_the_glossary(tiny_policy_dir: str) -> None:
 
 
 class SlowOnHeldOut(ShareOf):
-    """Takes its time with the prompts that the trainer is not trained on."""
+    """Takes an hour for the prompts that the trainer is not trained on, by the clock that the module reads."""
+
+    hours = 0
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        if any(sample.prompt[0] >= "e" for sample in samples):
-            time.sleep(0.5)
+        self.hours += any(sample.prompt[0] >= "e" for sample in samples)
         return super().score(samples)
 
 
-def test_time_of_training_does_not_count_evaluation(tiny_policy_dir: str) -> None:
-    data = {"prompts": Letters(4, heldout=2), "reward": SlowOnHeldOut(), "evaluate_every_n_steps": 1}
+def test_time_of_training_does_not_count_evaluation(tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, clock = SlowOnHeldOut(), time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * reward.hours)
+    data = {"prompts": Letters(4, heldout=2), "reward": reward, "evaluate_every_n_steps": 1}
     run = fit(tiny_policy_dir, data=data, callbacks=[HeldOutEvaluation()], max_steps=3)
+    assert reward.hours >= 3
     assert len(run.metrics.of("time/train")) == 3
-    assert max(run.metrics.of("time/train")) < 0.5
+    assert max(run.metrics.of("time/train")) < 3600
 
 
 @pytest.mark.parametrize(
-    ("data", "precision", "tolerance"),
+    ("data", "precision", "dtype", "tolerance"),
     [
-        ({}, "32-true", TOLERANCE["float32"]),
-        ({"rollout_dtype": "bfloat16"}, "32-true", TOLERANCE["bfloat16"]),
-        ({"rollout_dtype": "float16"}, "32-true", TOLERANCE["float16"]),
-        ({}, "bf16-mixed", TOLERANCE["bfloat16"]),
-        ({"rollout_dtype": "bfloat16", "parity_tolerance": 0.9}, "32-true", 0.9),
+        ({}, "32-true", "float32", None),
+        ({"rollout_dtype": "bfloat16"}, "32-true", "bfloat16", None),
+        ({"rollout_dtype": "float16"}, "32-true", "float16", None),
+        ({}, "bf16-mixed", "bfloat16", None),
+        ({"rollout_dtype": "bfloat16", "parity_tolerance": 0.9}, "32-true", "bfloat16", 0.9),
     ],
 )
-def test_the_parity_tolerance_is_that_of_the_coarser_dtype(
-    data: dict[str, Any], precision: Any, tolerance: float, tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch
+def test_the_parity_probe_has_the_limits_of_the_coarser_dtype(
+    data: dict[str, Any], precision: Any, dtype: str, tolerance: float | None, tiny_policy_dir: str
 ) -> None:
-    class Noted(WeightSync):
-        def push(self, *arguments: Any) -> SyncReport:
-            found.append(self.tolerance)
-            return super().push(*arguments)
-
-    found: list[float] = []
-    monkeypatch.setattr(dppo_lightning.module, "WeightSync", Noted)
     run = fit(tiny_policy_dir, data=data, precision=precision)
-    assert found == [tolerance] * 2
-    assert 0 <= max(run.metrics.of("sync/parity_error")) <= tolerance
+    sync = run.module._sync
+    assert sync is not None
+    assert sync.as_loaded
+    assert sync.probe.limits == LIMITS[dtype]
+    assert sync.probe.tolerance == tolerance
+    assert sync.probe.loaded == sync.probe.first
+    mean, largest = max(run.metrics.of("sync/parity_mean")), max(run.metrics.of("sync/parity_error"))
+    assert 0 <= mean <= largest <= 0.9
+    assert mean <= LIMITS[dtype].first
     assert {weight.dtype for weight in run.weights.values()} == {torch.float32}
+
+
+def test_a_continued_run_does_not_compare_the_engine_as_loaded_with_other_weights(
+    tiny_policy_dir: str, tmp_path: Path
+) -> None:
+    """The engine has loaded the model's folder, while the trainer has the checkpoint's weights."""
+    path = str(tmp_path / "one.ckpt")
+    model, source = build(tiny_policy_dir, {"optimizer": sgd(5.0)})
+    trainer = pl.Trainer(**QUIET, max_steps=1)
+    trainer.fit(model, datamodule=source)
+    trainer.save_checkpoint(path)
+    again, source = build(tiny_policy_dir, {"optimizer": sgd(5.0)})
+    pl.Trainer(**QUIET, max_steps=2).fit(again, datamodule=source, ckpt_path=path, weights_only=False)
+    sync = again._sync
+    assert sync is not None
+    assert not sync.as_loaded
+    assert sync.probe.loaded is None
+    assert sync.probe.first is not None
+    assert sync.probe.first.largest < 1e-4
 
 
 class Halved(AdvantageEstimator):

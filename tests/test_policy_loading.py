@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import dppo_lightning
 from dppo_lightning.batch import Completion, Prompt, Sequence, TrainingBatch, pack
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.policy import Policy, context_length, load_config, load_model, load_tokenizer
@@ -90,6 +95,101 @@ def test_a_folder_without_weights_is_named(tiny_model_dir: str, tmp_path: Path) 
 def test_a_config_that_cannot_be_read_is_refused(config: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     assert repr(str(tmp_path)) in refusal(load_model, str(tmp_path))
+
+
+OWN_CODE = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+UNUSABLE = {
+    "newer": ({"model_type": "qwen9"}, "model type `qwen9` but Transformers does not recognize this architecture"),
+    "own code": (
+        {"model_type": "mine", "auto_map": OWN_CODE},
+        r"made of code of its own \(auto_map\), which is never run",
+    ),
+    "no type": ({"vocab_size": 8}, "Unrecognized model"),
+    "a list": ([1], "model folder"),
+    "wrong type": ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+}
+
+
+@pytest.mark.parametrize(("config", "why"), UNUSABLE.values(), ids=UNUSABLE)
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer, context_length, Policy])
+def test_the_reason_why_a_folder_cannot_be_used_is_given(
+    load: object, config: object, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(load, str(tmp_path))
+    assert re.search(why, message)
+    assert "no such folder" not in message
+    assert "set model.policy" in message
+
+
+def test_a_config_that_is_no_json_is_named_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama",')
+    message = refusal(load_config, str(tmp_path))
+    assert "not a valid JSON file" in message
+    assert "line 1 column 2" in message
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    assert "\n" not in refusal(load_config, str(tmp_path))
+
+
+@pytest.fixture
+def asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> str:
+        raise AssertionError("a question on the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+
+
+@pytest.mark.usefixtures("asked_nothing")
+def test_code_of_a_models_own_is_neither_run_nor_asked_about(tiny_policy_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy_dir, folder)
+    (folder / "mine.py").write_text("raise SystemExit('run')\n")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"model_type": "mine", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "mine.Mine")}
+        )
+    )
+    for load in (load_config, load_model, load_tokenizer, Policy):
+        assert "code of its own" in refusal(load, str(folder))
+    shutil.copy(Path(tiny_policy_dir) / "config.json", folder)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}})
+    )
+    assert "code of its own" in refusal(load_tokenizer, str(folder))
+
+
+def test_nothing_in_the_package_lets_transformers_ask() -> None:
+    calls = [
+        (path.name, call.lineno, ast.unparse(call))
+        for path in Path(dppo_lightning.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and re.match(r"Auto\w+\.from_(pretrained|config)\(", ast.unparse(call))
+    ]
+    assert len(calls) >= 7
+    assert [call for call in calls if "trust_remote_code=False" not in call[2]] == []
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_with_the_reason(tiny_policy_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy_dir, folder)
+    (folder / "tokenizer.json").write_text("{")
+    message = refusal(load_tokenizer, str(folder))
+    assert repr(str(folder)) in message
+    assert "line 1 column" in message
+
+
+def test_weights_that_are_damaged_or_missing_are_named(tiny_untied_dir: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_untied_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {n: w for n, w in weights.items() if "layers.1.mlp" not in n}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "model.layers.1.mlp.down_proj.weight, model.layers.1.mlp.gate" in refusal(load_model, str(folder))
+    save_file(weights | {"lm_head.weight": torch.zeros(7, 64)}, folder / "model.safetensors", {"format": "pt"})
+    assert "holds no weights, or of another shape, for lm_head.weight of a Llama" in refusal(load_model, str(folder))
+    (folder / "model.safetensors").write_bytes(b"12345678")
+    assert "cannot load a causal language model" in refusal(load_model, str(folder))
 
 
 def test_an_unknown_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

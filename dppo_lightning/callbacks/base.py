@@ -15,7 +15,7 @@ class RunCallback(pl.Callback):
         """Called now and then while a rollout is generated: completions finished, and asked for."""
 
     def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
-        """Called with every training rollout, rewarded and with advantages, before its first optimizer step."""
+        """Called with every training rollout before its first optimizer step; groups have advantages and their step."""
 
     def on_tokens(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainingBatch, output: HeadOutput

@@ -9,29 +9,31 @@ import lightning.pytorch as pl
 
 from dppo_lightning.batch import Group
 from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.module import DPPOModule
 
 
 class CompletionLog(RunCallback):
     """Appends to ``completions.jsonl`` (training) and ``heldout.jsonl`` in the run directory.
 
     A line holds: step (optimizer steps taken before it was trained on, or evaluated), prompt_id, prompt, completion,
-    answer, reward, parts, advantage (training only), tokens, finish_reason, versions ([first, last] weight version).
+    answer, reward, parts, advantage (training only), tokens, finish_reason, versions ([first, last] weight version);
+    and raw_completion where the completion's text lacks more than the token that ended it. The groups of one rollout
+    are spread over its steps.
     """
 
     def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
-        _append(trainer, "completions.jsonl", groups)
+        _append(trainer, "completions.jsonl", [(group.step, group) for group in groups])
 
     def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
-        _append(trainer, "heldout.jsonl", groups)
+        assert isinstance(pl_module, DPPOModule)
+        _append(trainer, "heldout.jsonl", [(pl_module.steps_taken, group) for group in groups])
 
 
-def _append(trainer: pl.Trainer, name: str, groups: list[Group]) -> None:
+def _append(trainer: pl.Trainer, name: str, groups: list[tuple[int | None, Group]]) -> None:
     if not trainer.is_global_zero:
         return
     path = Path(trainer.default_root_dir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        json.dumps({"step": trainer.global_step} | record) + "\n" for group in groups for record in group.records()
-    )
+    lines = (json.dumps({"step": step} | record) + "\n" for step, group in groups for record in group.records())
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(lines))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.scaling.weights import elements
+from dppo_lightning.special_tokens import Decoder
 
 
 class StartTable(pl.Callback):
@@ -22,7 +25,7 @@ class StartTable(pl.Callback):
         assert isinstance(pl_module, DPPOModule)
         table = Table(show_header=False, title="dppo fit")
         for row in start_rows(trainer, pl_module):
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # prompts may look like rich's markup
         Console().print(table)
         path = Path(trainer.default_root_dir) / "start.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +47,16 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     engine = data.engine.health().description
     return [
         ("model", f"{module.policy_name} ({counts}, {trainer.precision})"),
+        ("layout", module.layout + (f" ({module.policy.why_rows})" if module.policy.why_rows else "")),
         ("trust region", f"{type(module.region).__name__}({region})"),
         ("anchor", f"{module.region.describe()['anchor']} policy"),
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),
         ("advantage, aggregation", f"{type(module.advantage).__name__}, {module.aggregation}"),
         ("engine", f"{engine}, {data.rollout_dtype}"),
         ("prompts", f"{len(data.train_prompts)} for training, {len(data.heldout_prompts)} held out"),
+        ("  first prompt, ids", _ids(data.train_prompts[0].token_ids)),
+        ("  first prompt, text", _text(_decoded(data, data.train_prompts[0].token_ids))),
+        ("  a completion ends with", "; ".join(f"{token}, from {origin}" for token, origin in _stops(data))),
         ("prompts_per_step", str(data.prompts_per_step)),
         ("samples_per_prompt", str(data.samples_per_prompt)),
         ("steps_per_rollout", str(data.steps_per_rollout)),
@@ -59,6 +66,26 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
         ("  steps", f"{trainer.max_steps} ({passes:.2g} passes over the training prompts)"),
         ("run directory", str(trainer.default_root_dir)),
     ]
+
+
+def _ids(ids: Sequence[int], ends: int = 6) -> str:
+    shown = [str(token) for token in ids]
+    if len(shown) > 2 * ends:
+        shown[ends:-ends] = ["..."]
+    return f"{' '.join(shown)} ({len(ids)} in all)"
+
+
+def _text(text: str, ends: int = 60) -> str:
+    return repr(text if len(text) <= 2 * ends else f"{text[:ends]} ... {text[-ends:]}")
+
+
+def _stops(data: RolloutDataModule) -> list[tuple[str, str]]:
+    """(id and text of a token that ends a completion, who names it)."""
+    return [(f"{token} {_decoded(data, [token])!r}", origin) for token, origin in data.stops.items()]
+
+
+def _decoded(data: RolloutDataModule, ids: Sequence[int]) -> str:
+    return Decoder(data.tokenizer).raw_texts([ids])[0]
 
 
 def _staleness(data: RolloutDataModule) -> str:

@@ -28,8 +28,11 @@ def write_smollm2(folder: Path) -> str:
         ConfigError: A package of the extra "smollm2" is not installed, or it holds no model.
     """
     source = find_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    folder_of, file = source.parent, source.name
+    tokenizer = AutoTokenizer.from_pretrained(folder_of, gguf_file=file, trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder_of, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+    )
     # transformers refuses to save a model that it has read from GGUF, so its weights go into one that it has not.
     # Initialising that one draws from the global generator.
     config = loaded.config

@@ -17,12 +17,14 @@ class Example:
         messages: Chat messages, each with "role" and "content"; always rendered by the tokenizer's chat template.
         answer: The reference answer, if any.
         columns: Any extra columns, passed on to rewards.
+        where: File and line, or whatever finds it again, for messages.
     """
 
     prompt: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

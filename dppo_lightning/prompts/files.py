@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dppo_lightning.errors import DataError
+from dppo_lightning.errors import DataError, reason
 from dppo_lightning.optional import require
+from dppo_lightning.prompts.answers import narrowed
+from dppo_lightning.prompts.file_kinds import what_it_is
 from dppo_lightning.prompts.framing import PLACE, Framing
 from dppo_lightning.prompts.rows import RowPrompts, RowReader
 
@@ -62,20 +64,31 @@ class JsonlPrompts(FilePrompts):
                 for number, line in enumerate(file, start=1):
                     if not line.isspace():
                         where = f"{part}, line {number}"
-                        yield where, _parsed(line, where)
+                        yield where, _parsed(line, where, part)
         except OSError as error:
-            raise DataError(f"{part}: cannot be read: {error.strerror or error}") from error
+            what = what_it_is(part) or f"cannot be read: {error.strerror or error}"
+            raise DataError(f"{part}: {what}") from error
 
 
-def _parsed(line: bytes, where: str) -> Any:
+def _parsed(line: bytes, where: str, part: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig").rstrip())
+        row = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: is not UTF-8: {error.reason}") from error
+        raise DataError(_other_kind(part) or f"{where}: is not UTF-8: {error.reason}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from error
+        problem = f"{where}: is not JSON: {error.msg} at column {error.colno}"
+        raise DataError(_other_kind(part) or problem) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON that can be read: {error}") from error
+    if isinstance(row, list) and (kind := _other_kind(part)):
+        raise DataError(kind)
+    return row
+
+
+def _other_kind(part: str) -> str | None:
+    """What the whole file is, where that is not JSON lines."""
+    what = what_it_is(part)
+    return None if what is None or "JsonlPrompts" in what else f"{part}: {what}"
 
 
 class ParquetPrompts(FilePrompts):
@@ -86,10 +99,13 @@ class ParquetPrompts(FilePrompts):
         number = 0
         try:
             with parquet.ParquetFile(part) as file:
+                types = {field.name: str(field.type) for field in file.schema_arrow}
+                answer = self.reader.answer_column
                 for batch in file.iter_batches(batch_size=4096):
                     for row in batch.to_pylist():
                         number += 1
-                        yield f"{part}, row {number}", row
+                        yield f"{part}, row {number}", narrowed(row, answer, types.get(answer))
         except (OSError, arrow.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-            raise DataError(f"{part}: cannot be read as Parquet: {reason}") from error
+            why = getattr(error, "strerror", None) or reason(error)
+            what = what_it_is(part)
+            raise DataError(f"{part}: cannot be read as Parquet: {f'it {what}' if what else why}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.errors import ConfigError, DataError, reason
 from dppo_lightning.optional import require
 from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
 from dppo_lightning.prompts.framing import PLACE, Framing
@@ -105,12 +105,12 @@ class ReasoningGymPrompts(PromptSource):
         try:
             table = require("reasoning_gym").create_dataset(self.task, size=size, seed=seed, **self.parameters)
         except (TypeError, ValueError, AssertionError, AttributeError, LookupError, OSError) as error:
-            raise ConfigError(f"task {self.task!r} refuses its parameters: {_reason(error)}") from error
+            raise ConfigError(f"task {self.task!r} refuses its parameters: {reason(error)}") from error
         for place in range(size):
             try:
                 entry = table[place]
             except Exception as error:  # generators raise whatever their search for a question ends with
-                raise DataError(f"task {self.task!r} cannot make question {place}: {_reason(error)}") from error
+                raise DataError(f"task {self.task!r} cannot make question {place}: {reason(error)}") from error
             yield self._example(entry)
 
     def _example(self, entry: dict[str, Any]) -> Example:
@@ -153,7 +153,3 @@ def _global_rngs_restored() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

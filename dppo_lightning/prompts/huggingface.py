@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dppo_lightning.errors import DataError
+from dppo_lightning.errors import DataError, reason
 from dppo_lightning.optional import require
+from dppo_lightning.prompts.answers import narrowed
+from dppo_lightning.prompts.file_kinds import what_it_is
 from dppo_lightning.prompts.framing import PLACE, Framing
 from dppo_lightning.prompts.rows import RowPrompts, RowReader
 
@@ -64,7 +66,9 @@ class HuggingFacePrompts(RowPrompts):
         try:
             table = datasets.load_dataset(self.path, self.name, split=part, revision=self.revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"{self.label(part)}: cannot be loaded: {reason}") from error
+            what = what_it_is(self.path)
+            raise DataError(f"{self.label(part)}: {what or f'cannot be loaded: {reason(error)}'}") from error
+        answer = self.reader.answer_column
+        kind = getattr((table.features or {}).get(answer), "dtype", None)
         for number, row in enumerate(table, start=1):
-            yield f"{self.label(part)}, row {number}", row
+            yield f"{self.label(part)}, row {number}", narrowed(row, answer, kind)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import reprlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from decimal import Decimal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.prompts.answers import answer_texts
 from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
 from dppo_lightning.prompts.framing import Framing
 from dppo_lightning.prompts.separation import distinct_places, without
@@ -45,7 +44,7 @@ class RowReader:
             raise ConfigError("prompt_column, messages_column and answer_column must be three different names")
 
     def example(self, row: Any, where: str) -> Example:
-        """Check a row and convert it; its other columns go to ``columns``.
+        """Check a row and convert it, all but its answer; its other columns go to ``columns``.
 
         Args:
             row: What the table holds.
@@ -65,12 +64,25 @@ class RowReader:
             )
         used = (self.prompt_column, self.messages_column, self.answer_column)
         columns = {name: value for name, value in row.items() if name not in used}
-        answer = _answer(row.get(self.answer_column), f"{where}: {self.answer_column!r}")
         if messages is not None:
             return Example(
-                messages=_messages(messages, f"{where}: {self.messages_column!r}"), answer=answer, columns=columns
+                messages=_messages(messages, f"{where}: {self.messages_column!r}"), columns=columns, where=where
             )
-        return self.framing.example(_text(prompt, f"{where}: {self.prompt_column!r}"), answer, columns)
+        example = self.framing.example(_text(prompt, f"{where}: {self.prompt_column!r}"), None, columns)
+        return replace(example, where=where)
+
+    def examples(self, rows: Iterable[tuple[str, Any]]) -> list[Example]:
+        """Check and convert the rows of one table, each with its file and line.
+
+        Raises:
+            DataError: A row cannot be used.
+        """
+        examples, answers = [], []
+        for where, row in rows:
+            examples.append(self.example(row, where))
+            answers.append(row.get(self.answer_column))
+        texts = answer_texts(answers, [f"{example.where}: {self.answer_column!r}" for example in examples])
+        return [replace(example, answer=text) for example, text in zip(examples, texts, strict=True)]
 
 
 def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
@@ -85,14 +97,6 @@ def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{where} holds half a character (an unpaired surrogate): {reprlib.repr(value)}") from None
     return value
-
-
-def _answer(value: Any, where: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
-        raise DataError(f"{where} must be text or a finite number, got {reprlib.repr(value)}")
-    return str(value)
 
 
 def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
@@ -169,7 +173,7 @@ class RowPrompts(PromptSource):
         return PromptSets(kept, heldout)
 
     def _read(self, part: str) -> list[Example]:
-        examples = [self.reader.example(row, where) for where, row in self.rows(part)]
+        examples = self.reader.examples(self.rows(part))
         if not examples:
             raise DataError(f"{self.label(part)}: holds no questions")
         return examples

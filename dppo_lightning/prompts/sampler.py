@@ -30,7 +30,7 @@ class PromptSampler(ABC):
 
     @abstractmethod
     def draw(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts."""
+        """Exactly ``count`` prompts, the next ones; when all were given it begins again."""
 
     def record(self, prompt: Prompt, pass_rate: float) -> None:  # noqa: B027  # most samplers need not know
         """Told of every group that was generated: the share in [0, 1] of its completions that are solved."""
@@ -42,6 +42,33 @@ class PromptSampler(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state."""
+
+
+def draw(sampler: PromptSampler, count: int) -> list[Prompt]:
+    """The next ``count`` prompts of a sampler.
+
+    Raises:
+        ConfigError: It gives another number of prompts, or something else than prompts.
+    """
+    asked = f"{type(sampler).__name__}.draw({count})"
+    try:
+        prompts = sampler.draw(count)
+    except StopIteration:
+        prompts = []
+    if not isinstance(prompts, list) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise ConfigError(f"{asked} must return a list of prompts, got {_kind(prompts)}")
+    if len(prompts) != count:
+        raise ConfigError(
+            f"{asked} gave {len(prompts)} prompts: a sampler gives as many as it is asked for, and begins again when "
+            "it has given all"
+        )
+    return prompts
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, list):
+        return type(value).__name__
+    return "a list with " + next(type(item).__name__ for item in value if not isinstance(item, Prompt))
 
 
 class Shuffled(PromptSampler):

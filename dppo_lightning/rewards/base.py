@@ -17,10 +17,13 @@ class Sample:
 
     Attributes:
         prompt: The rendered prompt text.
-        completion: The generated text, without special tokens.
+        completion: The generated text, without the tokens that begin, end and pad a text; other special tokens, such
+            as ``<think>``, are in it.
         answer: The reference answer, if the prompt has one.
         columns: Extra columns of the prompt's row.
         finished: Whether the model ended the completion itself (False: cut by the length limit).
+        token_ids: The generated ids, the one that ended the completion included.
+        raw_completion: The text of every one of them.
     """
 
     prompt: str
@@ -28,6 +31,8 @@ class Sample:
     answer: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = True
+    token_ids: tuple[int, ...] = ()
+    raw_completion: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.batch import Group
 from dppo_lightning.errors import RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+from dppo_lightning.special_tokens import Decoder
 from dppo_lightning.timeline import Span, Timeline
 
 
@@ -32,16 +32,14 @@ class RewardWorker:
 
     Args:
         reward: What scores.
-        tokenizer: Turns token ids into the text that rewards see.
+        decoder: Turns token ids into the text that rewards see.
         timeout: Seconds that one call may take, > 0.
         timeline: Where a span is added for each call.
     """
 
-    def __init__(
-        self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, timeout: float, timeline: Timeline
-    ) -> None:
+    def __init__(self, reward: RewardFunction, decoder: Decoder, timeout: float, timeline: Timeline) -> None:
         self.reward = reward
-        self.tokenizer = tokenizer
+        self.decoder = decoder
         self.timeout = timeout
         self.timeline = timeline
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -124,16 +122,23 @@ class RewardWorker:
 
     def _samples(self, group: Group) -> list[Sample]:
         ids = [completion.token_ids.tolist() for completion in group.completions]
-        group.texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        group.texts, raw_texts = self.decoder.texts(ids), self.decoder.raw_texts(ids)
+        ended = [completion.finish_reason == "stop" for completion in group.completions]
+        inner = [row[:-1] if stopped else row for row, stopped in zip(ids, ended, strict=True)]
+        group.raw_texts = [
+            raw if self.decoder.leaves_out(row) else None for row, raw in zip(inner, raw_texts, strict=True)
+        ]
         return [
             Sample(
                 prompt=group.prompt.text,
                 completion=text,
                 answer=group.prompt.answer,
                 columns=group.prompt.columns,
-                finished=completion.finish_reason == "stop",
+                finished=stopped,
+                token_ids=tuple(row),
+                raw_completion=raw,
             )
-            for completion, text in zip(group.completions, group.texts, strict=True)
+            for row, text, raw, stopped in zip(ids, group.texts, raw_texts, ended, strict=True)
         ]
 
 

@@ -26,6 +26,9 @@ from typing import Any, NoReturn
 from dppo_lightning.errors import EngineError
 
 LOG_LINES = 5
+KILL_SECONDS = 30.0
+"""A killed process that has not ended by then waits in the kernel, for a device or a disk that does not answer."""
+
 FOLDER = "DPPO_CHILD_FOLDER"
 """Environment variable that tells a child which folder to delete should its parent not live to do it."""
 
@@ -96,7 +99,7 @@ class ChildProcess:
 
     @property
     def alive(self) -> bool:
-        return self._stop.alive and self._process.poll() is None
+        return self._stop.alive and not _ended(self._process)
 
     def send(self, kind: str, value: Any = None) -> None:
         """Raises ChildDied when the child is dead."""
@@ -142,10 +145,10 @@ class ChildProcess:
     def _dead(self) -> EngineError:
         if not self._stop.alive:
             return EngineError(f"the {self.name} process is not running")
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
+        if not _ended(self._process, patience=1.0):
             return self.end("it closed its pipe")
+        _end(self._process)
+        code = self._process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return self.end(f"{how}; it last said: {self._last_words() or 'nothing'}")
 
@@ -171,13 +174,27 @@ class ChildProcess:
         self._stop()
 
 
+def _ended(process: subprocess.Popen[bytes], patience: float = 0.0) -> bool:
+    """Whether a process ends within ``patience`` seconds. It stays a zombie: nobody else can get its process id."""
+    deadline = time.monotonic() + patience
+    while process.returncode is None:
+        try:
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return True
+        except ChildProcessError:  # SIGCHLD is ignored here, by whoever started us: the kernel keeps no zombies
+            process.poll()
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def _end(process: subprocess.Popen[bytes], patience: float = 1.0) -> None:
-    """Give a process ``patience`` seconds to end by itself, then kill it."""
-    try:
-        process.wait(timeout=patience)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the child leads a session: what it started goes too
+    """Give a process ``patience`` seconds to end by itself, then kill it, and in any case what it has started."""
+    if process.returncode is None:
+        _ended(process, patience)
+        end_session(process.pid)
         process.wait()
 
 
@@ -241,20 +258,39 @@ def _leave() -> None:
 
 
 def end_session(leader: int) -> None:
-    """Kill what a child has started, which is in the session that it leads.
+    """Kill a child and what it has started, which is in the session that it leads; returns when all have ended.
+
+    The leader must not have been waited for: its process id, which names the session, could be another's by now.
 
     Killed processes leave the named semaphores of ``multiprocessing`` behind, as its tracker is killed too. They are
     told by their inodes: a process sees what it created under a name that is gone.
     """
     inodes = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in _session_of(leader):
         with contextlib.suppress(OSError):
-            if os.getsid(int(process.name)) == leader:
-                lines = (process / "maps").read_text().splitlines()
-                inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/sem." in line}
     for semaphore in Path("/dev/shm").glob("sem.mp-*"):
         with contextlib.suppress(OSError):
             if semaphore.stat().st_ino in inodes:
                 semaphore.unlink()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := _session_of(leader)) and time.monotonic() < deadline:
+        for process in left:
+            if process != os.getpid():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+        if left == [os.getpid()]:
+            return
+        time.sleep(0.01)  # a process that is killed takes a moment: it gives back its memory first
+
+
+def _session_of(leader: int) -> list[int]:
+    """Processes of a session that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if session == str(leader) and state not in "ZX":
+                found.append(int(folder.name))
+    return found

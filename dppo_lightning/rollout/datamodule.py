@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,8 @@ from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.scaling.controller import Controller
 from dppo_lightning.scaling.ranks import Ranks
+from dppo_lightning.special_tokens import stop_token_ids as stop_token_ids
+from dppo_lightning.special_tokens import stop_tokens
 from dppo_lightning.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -48,12 +51,14 @@ class StepPlan:
         batches: Exactly ``accumulate_grad_batches`` micro-batches.
         ends_rollout: Whether the engine gets new weights after this step.
         metrics: Logged with the step.
+        empty: Whether no rank has a token to train on.
     """
 
     groups: list[Group]
     batches: list[TrainingBatch]
     ends_rollout: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    empty: bool = False
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -76,7 +81,8 @@ class RolloutDataModule(pl.LightningDataModule):
         top_p: Refused below 1 in training.
         top_k: Refused above 0 in training.
         rollout_dtype: Of the engine's weights.
-        parity_tolerance: Largest accepted log-prob difference after a weight update, in nats; None: by dtype.
+        parity_tolerance: Largest accepted log-prob difference of a single token after a weight update, in nats; None:
+            by what engine and trainer differed by before the first update, see rollout/parity.py.
         evaluate_every_n_steps: Held-out evaluation before the first step, then every so many optimizer steps, and after
             the last.
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
@@ -148,9 +154,11 @@ class RolloutDataModule(pl.LightningDataModule):
         self.ranks: Ranks | None = None
         self.stream: RolloutStream | None = None  # on rank 0
         self.plan: StepPlan | None = None
+        self._told_empty = False
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
+        self.stops: dict[int, str] = {}  # ids that end a completion, each with who names it
 
     @property
     def module(self) -> DPPOModule:
@@ -158,21 +166,37 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
 
     def setup(self, stage: str) -> None:
-        """Load prompts, then start the engine; everything that can be wrong without it is found before it starts."""
+        """Load prompts. The engine starts when the policy has been loaded: what can be wrong without it comes first."""
         if self.ranks is not None:
             return
-        self.ranks = Ranks()
+        self.ranks, self.timeline = Ranks(), Timeline()
         self.controller = Controller(self.ranks, self.module.work)
         if self.ranks.world_size > 1:
             self.ranks.agree(fingerprint(self.module, self), "configuration")
+        with self.together():
+            self._set_up(stage)
+
+    @contextmanager
+    def together(self) -> Generator[None, None, None]:
+        """What goes wrong inside on one rank goes wrong on every rank.
+
+        Raises:
+            RankError: Of several ranks, one has failed; a single rank raises what it raises.
+        """
+        assert self.ranks is not None
         error: Exception | None = None
         try:
-            self._set_up(stage)
+            yield
         except Exception as failure:
             error = failure
         if self.ranks.world_size == 1 and error is not None:
             raise error
         self.ranks.all_ranks_ok(error)
+
+    def agree(self, value: Any, what: str) -> None:
+        """Make sure that every rank has the same value, see Ranks.agree."""
+        assert self.ranks is not None
+        self.ranks.agree(value, what)
 
     def _set_up(self, stage: str) -> None:
         trainer = self.trainer
@@ -182,19 +206,50 @@ class RolloutDataModule(pl.LightningDataModule):
                 raise ConfigError("set trainer.max_steps to the number of optimizer steps, at least 1")
             self.sampling.check_training()
             self.module.advantage.check(self.samples_per_prompt)
+            self._check_staleness()
             completions = self.prompts_per_step * self.samples_per_prompt
             if completions < trainer.world_size:
                 raise ConfigError(
                     f"{trainer.world_size} ranks share {completions} completions a step: raise data.prompts_per_step "
                     "or data.samples_per_prompt, or use fewer ranks"
                 )
-        spec = self.load_prompts(self.module.policy_name)
-        if trainer.is_global_zero:
-            self._start(spec)
+        self.spec = self.load_prompts(self.module.policy_name)
 
-    def _start(self, spec: EngineSpec) -> None:
-        """On rank 0: the engine and the stream."""
-        self.engine.start(spec)
+    @property
+    def longest(self) -> int:
+        """Length of the longest sequence of the run, in tokens."""
+        return self.spec.max_model_len
+
+    def start(self) -> None:
+        """Start the engine and the stream, on rank 0, once the policy has been found to be one that can be trained."""
+        assert self.ranks is not None
+        with self.together():
+            if self.ranks.is_controller and self.stream is None:
+                self._start()
+
+    def _check_staleness(self) -> None:
+        """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
+
+        Raises:
+            ConfigError: The region or the diagnostics need "full", and ``max_staleness`` is above 0.
+        """
+        ahead = self.streaming.max_staleness
+        if not ahead or "full" not in self.module.needs:
+            return
+        kept = "the whole vocabulary's distribution is kept for the weights at a rollout's first step alone"
+        if "full" in self.module.region.needs:
+            raise ConfigError(
+                f"{type(self.module.region).__name__} needs the weights that sampled each token, and {kept}: set "
+                f"data.streaming.max_staleness to 0, got {ahead}, or use a Top-K region, whose log-probs the engine "
+                "records"
+            )
+        raise ConfigError(
+            f"model.divergence_diagnostics needs the weights that sampled each token, and {kept}: set it to false, or "
+            f"data.streaming.max_staleness to 0, got {ahead}"
+        )
+
+    def _start(self) -> None:
+        self.engine.start(self.spec)
         self.sampler.start(self.train_prompts, self.seed)
         self.stream = RolloutStream(
             engine=self.engine,
@@ -212,6 +267,7 @@ class RolloutDataModule(pl.LightningDataModule):
             solved_at=self.solved_at,
             reward_timeout=self.reward_timeout,
             timeline=self.timeline,
+            stop_token_ids=self.spec.stop_token_ids,
         )
 
     @property
@@ -229,9 +285,10 @@ class RolloutDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.max_new_tokens={new} leaves no room for a prompt in a context of {context} tokens")
         limits = [limit for limit in (self.max_prompt_tokens, None if context is None else context - new) if limit]
         longest = min(limits) if limits else None
+        self.stops = stop_tokens(model, self.tokenizer)
         sets = self.prompts.load()
-        self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest)
-        self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest)
+        self.train_prompts, dropped = encode(sets.train, self.tokenizer, "train", longest, self.stops)
+        self.heldout_prompts, heldout_dropped = encode(sets.heldout, self.tokenizer, "heldout", longest, self.stops)
         if dropped or heldout_dropped:
             log.info(
                 f"dropped prompts longer than {longest} tokens: {dropped} for training, {heldout_dropped} held out"
@@ -242,7 +299,7 @@ class RolloutDataModule(pl.LightningDataModule):
             dtype=self.rollout_dtype,
             max_model_len=widest + new if context is None else min(widest + new, context),
             max_logprobs=self.module.topk,
-            stop_token_ids=stop_token_ids(model, self.tokenizer),
+            stop_token_ids=tuple(self.stops),
         )
 
     def training_sampling(self) -> Sampling:
@@ -267,9 +324,12 @@ class RolloutDataModule(pl.LightningDataModule):
         started = time.perf_counter()
         self.module.annotate([sequence for mine in sequences for sequence in mine])
         annotate = time.perf_counter() - started
+        parts = np.array_split(np.arange(len(rollout.groups)), steps)
+        for index, part in enumerate(parts):
+            for i in part:
+                rollout.groups[i].step = step + index
         for callback in self._run_callbacks():
             callback.on_rollout(self.trainer, self.module, rollout.groups)  # type: ignore[arg-type]
-        parts = np.array_split(np.arange(len(rollout.groups)), steps)
         plans = [
             self._plan_step(
                 [rollout.groups[i] for i in part], [s for i in part for s in sequences[i]], index == steps - 1
@@ -277,7 +337,19 @@ class RolloutDataModule(pl.LightningDataModule):
             for index, part in enumerate(parts)
         ]
         plans[0][0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
+        self._tell_empty(step, plans)
         return [[step_plans[rank] for step_plans in plans] for rank in range(len(plans[0]))]
+
+    def _tell_empty(self, step: int, plans: list[list[StepPlan]]) -> None:
+        """Say once in a run that a step trains on nothing; ``train/empty`` says it of every such step."""
+        for index, (plan, *_) in enumerate(plans):
+            if plan.empty and not self._told_empty:
+                self._told_empty = True
+                why = "all completions of its groups are left out" if plan.groups else "no group is left for it"
+                log.warning(
+                    f"optimizer step {step + index} has no token to train on ({why}) and leaves the weights as they "
+                    "are; train/empty is 1 for every such step"
+                )
 
     def _trained(self, group: Group) -> list[Sequence]:
         """The sequences of a group that are trained on."""
@@ -295,14 +367,17 @@ class RolloutDataModule(pl.LightningDataModule):
         ranks, each = trainer.world_size, trainer.accumulate_grad_batches
         parts = split_by_tokens(sequences, ranks * each, layout)
         batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part]), layout) for part in parts]
-        plans = [StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout) for rank in range(ranks)]
-        plans[0].groups, plans[0].metrics = groups, step_metrics(groups)
+        empty = not counts.sum()
+        plans = [
+            StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout, empty=empty) for rank in range(ranks)
+        ]
+        plans[0].groups, plans[0].metrics = groups, step_metrics(groups) | {"train/empty": float(empty)}
         return plans
 
     def evaluate(self, prompts: list[Prompt]) -> list[list[Group]]:
         """On rank 0: complete and reward held-out prompts; the groups, for each rank."""
         assert self.stream is not None
-        with self.timeline.measure("evaluate"):
+        with self.timeline.measure("evaluate", self.module.steps_taken):
             groups = self.stream.sample(prompts, self.heldout_samples, self.sampling, "heldout")
         return [groups] * self.ranks.world_size  # type: ignore[union-attr]
 
@@ -369,7 +444,7 @@ class RolloutLoader:
         while trainer.global_step < trainer.max_steps:
             for plan in data.controller.direct(partial(data.plan_rollout, trainer.global_step)):
                 data.plan = plan
-                yield from plan.batches
+                yield from data.module.choose(plan.batches)
 
 
 class Evaluated:
@@ -429,19 +504,3 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         **rollout.counts,
         "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
     }
-
-
-def stop_token_ids(model: str, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end of sequence, and the model's generation config's."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id}
-    try:
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        configured = None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    found = tuple(sorted(i for i in ids if i is not None))
-    if not found:
-        raise ConfigError(f"{model!r} names no end-of-sequence token: set eos_token in its tokenizer")
-    return found

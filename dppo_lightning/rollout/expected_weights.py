@@ -29,7 +29,7 @@ class ExpectedWeights:
     def of(cls, name: str) -> ExpectedWeights:
         """Of a Hugging Face id or folder, without loading its weights."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(name))
+            model = AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
         model.tie_weights()
         return cls(model)
 

@@ -28,6 +28,7 @@ class GroupFlight:
         submitted, finished: When the first request was submitted and the last result came, in seconds.
         group: Built when the last result came; None when no request could be served.
         rewarded: Done when the group has its rewards.
+        settled: Whether nothing more will change: rewarded, or not servable at all. Set by ``GroupPool.collect``.
     """
 
     serial: int
@@ -41,6 +42,7 @@ class GroupFlight:
     finished: float | None = None
     group: Group | None = None
     rewarded: Future[float] | None = None
+    settled: bool = False
 
     @property
     def results(self) -> int:
@@ -48,9 +50,9 @@ class GroupFlight:
         return len(self.completions) + len(self.failed)
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing more will change: rewarded, or not servable at all."""
-        return self.finished is not None and (self.rewarded is None or self.rewarded.done())
+    def usable(self) -> bool:
+        """Whether it can be trained on."""
+        return self.settled and self.group is not None
 
     def accept(self, result: Completion | Failed) -> None:
         """Take one request's result; the last one makes the group."""

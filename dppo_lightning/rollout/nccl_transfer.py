@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from dppo_lightning.errors import EngineError
+from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_http import ServerClient, ServerFault
 
 NCCL_SETTINGS = {"weight_transfer_config": '{"backend": "nccl"}'}
@@ -71,9 +72,11 @@ class NCCLTransfer:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         sizes = [int(self._ask(client, "/get_world_size", None, "world_size")) for client in self._clients]
-        address, port = _own_address(self._clients[0].url)
-        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + sum(sizes), rank=0)
-        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=_Everyone(self, sizes), source=source)
+        address = _own_address(self._clients[0].url)
+        with hold_port(address) as holder:  # until vLLM listens there
+            port = holder.getsockname()[1]
+            info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + sum(sizes), rank=0)
+            return NCCLTrainerWeightTransferEngine.trainer_init(info, client=_Everyone(self, sizes), source=source)
 
     def _ask(self, client: ServerClient, path: str, body: dict[str, Any] | None, field: str = "") -> Any:
         return asyncio.run_coroutine_threadsafe(client.ask(path, body, field), self._loop).result()
@@ -114,12 +117,9 @@ class _Everyone:
         self._transfer.ask_all(path, [body] * len(self._sizes))
 
 
-def _own_address(url: str) -> tuple[str, int]:
-    """The address by which the server at ``url`` reaches this machine, and a free port there."""
+def _own_address(url: str) -> str:
+    """The address by which the server at ``url`` reaches this machine."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))
-        address = str(probe.getsockname()[0])
-    with socket.socket() as listener:
-        listener.bind((address, 0))
-        return address, int(listener.getsockname()[1])
+        return str(probe.getsockname()[0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import queue
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 from dppo_lightning.batch import Completion, Prompt
@@ -18,8 +20,37 @@ PATIENCE = 0.05
 """Seconds to wait for the engine while rewards are being computed, and the other way round."""
 
 
+@dataclass
+class Share:
+    """The groups that one rollout may take, counted as they change: an arrival makes nobody look at all of them.
+
+    Attributes:
+        flights: By serial number, in the order in which they were begun.
+        settled: How many of them are settled.
+        usable: How many of those can be trained on.
+        results: Requests of theirs that have a result.
+        waiting: Requests of theirs without one.
+    """
+
+    flights: dict[int, GroupFlight] = field(default_factory=dict)
+    settled: int = 0
+    usable: int = 0
+    results: int = 0
+    waiting: int = 0
+
+    def remove(self, flight: GroupFlight) -> None:
+        """Forget a group as it is now."""
+        del self.flights[flight.serial]
+        self.settled -= flight.settled
+        self.usable -= flight.usable
+        self.results -= flight.results
+        self.waiting -= len(flight.waiting)
+
+
 class GroupPool:
     """Groups in the making, by their serial numbers.
+
+    What happens to one group costs the same however many there are.
 
     Args:
         inbox: Of the engine.
@@ -55,6 +86,9 @@ class GroupPool:
         self.version = 0
         self.counts: Counter[str] = Counter()
         self._flights: dict[int, GroupFlight] = {}
+        self._shares: defaultdict[int | None, Share] = defaultdict(Share)
+        self._scoring = 0  # groups that wait for their reward
+        self._ended: queue.SimpleQueue[GroupFlight] = queue.SimpleQueue()  # rewarded, or without a group; not settled
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -62,23 +96,30 @@ class GroupPool:
     def __iter__(self) -> Iterator[GroupFlight]:
         return iter(list(self._flights.values()))
 
-    def of(self, rollout: int) -> list[GroupFlight]:
-        """Groups that the rollout of step ``rollout`` may take."""
-        return [flight for flight in self if flight.rollout in (None, rollout)]
+    def share(self, rollout: int | None) -> Share:
+        """The groups that are reserved for the rollout of step ``rollout``; None: those that any may take."""
+        return self._shares.get(rollout) or Share()
 
     def begin(self, serial: int, prompt: Prompt, rollout: int | None, attempt: int = 0) -> None:
         """Ask a prompt."""
         flight = GroupFlight(serial, prompt, rollout, attempt)
-        self._flights[serial] = flight
+        self._flights[serial] = self._shares[rollout].flights[serial] = flight
         self._submit(flight, range(self.samples))
 
     def remove(self, flights: Iterable[GroupFlight]) -> int:
         """Forget groups; requests of theirs that are still in flight are aborted and counted."""
-        aborted = 0
+        unwanted: list[str] = []
         for flight in flights:
             del self._flights[flight.serial]
-            aborted += self._abort(flight)
-        return aborted
+            share = self._shares[flight.rollout]
+            share.remove(flight)
+            self._scoring -= flight.rewarded is not None and not flight.settled
+            if not share.flights:
+                del self._shares[flight.rollout]
+            unwanted += flight.waiting
+            flight.waiting.clear()
+        self.inbox.discard(unwanted)
+        return len(unwanted)
 
     def drop_older_than(self, version: int) -> None:
         """Generate anew, with the same seeds, every group with a token that is older."""
@@ -92,11 +133,15 @@ class GroupPool:
     def interrupt(self) -> list[tuple[GroupFlight, list[int]]]:
         """Abort all that is being generated; what ``restart`` needs to begin it again."""
         stopped = []
+        unwanted: list[str] = []
         for flight in self:
-            samples = [sample for sample, _ in flight.waiting.values()]
-            if self._abort(flight):
+            if flight.waiting:
+                stopped.append((flight, [sample for sample, _ in flight.waiting.values()]))
+                self._shares[flight.rollout].waiting -= len(flight.waiting)
+                unwanted += flight.waiting
+                flight.waiting.clear()
                 flight.attempt += 1
-                stopped.append((flight, samples))
+        self.inbox.discard(unwanted)
         return stopped
 
     def restart(self, stopped: list[tuple[GroupFlight, list[int]]]) -> None:
@@ -104,24 +149,49 @@ class GroupPool:
         for flight, samples in stopped:
             self._submit(flight, samples)
 
-    def collect(self, wait: float) -> None:
+    def collect(self, wait: float) -> list[GroupFlight]:
         """Take what the engine and the reward have finished, waiting up to ``wait`` seconds for the first of it.
+
+        Returns:
+            The groups that have settled by it, in the order of their serial numbers.
 
         Raises:
             EngineError: The engine died.
-            RewardError: The reward failed, or takes longer than it may.
+            RewardError: The reward takes longer than it may; or whatever a reward has raised.
         """
-        scoring = [flight.rewarded for flight in self if flight.rewarded is not None and not flight.rewarded.done()]
         if self.inbox.in_flight:
-            self.inbox.collect(min(wait, PATIENCE) if scoring else wait)
+            self.inbox.collect(min(wait, PATIENCE) if self._scoring else wait)
             wait = 0.0
-        self.worker.wait(scoring, min(wait, PATIENCE))
+        settled = self.settle(min(wait, PATIENCE) if self._scoring else 0.0)
+        self.worker.wait([], 0.0)  # is it in time?
+        return settled
+
+    def settle(self, wait: float = 0.0) -> list[GroupFlight]:
+        """As ``collect``, without looking at the engine."""
+        settled: list[GroupFlight] = []
+        try:
+            while True:
+                flight = self._ended.get(timeout=wait) if wait > 0 else self._ended.get_nowait()
+                wait = 0.0
+                if self._flights.get(flight.serial) is not flight:
+                    continue  # forgotten while it was being rewarded
+                if flight.rewarded is not None:
+                    self._scoring -= 1
+                    flight.rewarded.result()
+                flight.settled = True
+                share = self._shares[flight.rollout]
+                share.settled += 1
+                share.usable += flight.usable
+                settled.append(flight)
+        except queue.Empty:
+            return sorted(settled, key=lambda flight: flight.serial)
 
     def _submit(self, flight: GroupFlight, samples: Iterable[int]) -> None:
         group = f"train/{flight.serial}"
         again = f"/{flight.attempt}" if flight.attempt else ""  # an id must not be in flight twice
         names = {sample: f"{group}/{sample}{again}" for sample in samples}
         flight.waiting |= {name: (sample, self.version) for sample, name in names.items()}
+        self._shares[flight.rollout].waiting += len(names)
         requests = [
             Request(
                 id=name,
@@ -137,18 +207,21 @@ class GroupPool:
     def _arrive(self, flight: GroupFlight, result: Completion | Failed) -> None:
         """A request's result; the group's last one sends it to the reward."""
         flight.accept(result)
+        share = self._shares[flight.rollout]
+        share.results += 1
+        share.waiting -= 1
         if flight.finished is None:
             return
         rollout = -1 if flight.rollout is None else flight.rollout
         self.timeline.add(Span("generate", flight.submitted, flight.finished, rollout, flight.oldest_version() or 0))
-        if flight.group is not None:
-            flight.rewarded = self.worker.submit(flight.group, self.overlong_penalty)
-
-    def _abort(self, flight: GroupFlight) -> int:
-        count = len(flight.waiting)
-        self.inbox.discard(flight.waiting)
-        flight.waiting.clear()
-        return count
+        if flight.group is None:
+            self._ended.put(flight)
+            return
+        self._scoring += 1
+        flight.rewarded = self.worker.submit(flight.group, self.overlong_penalty)
+        flight.rewarded.add_done_callback(lambda _: self._ended.put(flight))  # on the reward's thread
+        if flight.rewarded.done():
+            flight.rewarded.result()  # what a reward on this thread has raised, before the next is begun
 
 
 def derive_seed(*parts: object) -> int:

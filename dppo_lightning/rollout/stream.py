@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import ceil, floor
 from time import perf_counter
 from typing import Any
@@ -21,14 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.errors import ConfigError, EngineError
-from dppo_lightning.prompts.sampler import PromptSampler
+from dppo_lightning.prompts.sampler import PromptSampler, draw
 from dppo_lightning.rewards.base import RewardFunction
 from dppo_lightning.rewards.worker import RewardWorker
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, Sampling
 from dppo_lightning.rollout.flight import GroupFlight
 from dppo_lightning.rollout.inbox import Inbox, Progress
-from dppo_lightning.rollout.pool import PATIENCE, GroupPool, derive_seed
+from dppo_lightning.rollout.pool import PATIENCE, GroupPool, Share, derive_seed
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming, Window
+from dppo_lightning.rollout.weight_sync import WeightSync
+from dppo_lightning.special_tokens import Decoder
 from dppo_lightning.timeline import Span, Timeline
 
 RewardPenalty = Callable[[list[Group]], list[np.ndarray]]
@@ -78,6 +81,10 @@ class RolloutStream:
         solved_at: A completion counts as solved when its reward is at least this.
         reward_timeout: Seconds that one call of the reward may take.
         timeline: Where spans are added.
+        stop_token_ids: Ids that end a completion; like the tokenizer's own they are no part of its text.
+
+    Attributes:
+        sync: Gives the engine weights and knows which it has; made by the module, and gone with the engine.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class RolloutStream:
         solved_at: float = 1.0,
         reward_timeout: float = 600.0,
         timeline: Timeline | None = None,
+        stop_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.sampler = sampler
         self.advantage = advantage
@@ -108,7 +116,8 @@ class RolloutStream:
         self.solved_at = solved_at
         self.timeline = timeline or Timeline()
         self.inbox = Inbox(engine)
-        self.worker = RewardWorker(reward, tokenizer, reward_timeout, self.timeline)
+        self.sync: WeightSync | None = None
+        self.worker = RewardWorker(reward, Decoder(tokenizer, stop_token_ids), reward_timeout, self.timeline)
         overlong = selection.overlong_penalty if selection.overlong == "penalise" else 0.0
         self.pool = GroupPool(self.inbox, self.worker, sampling, samples_per_prompt, seed, overlong, self.timeline)
         self.serial = 0  # groups begun in this run
@@ -129,12 +138,13 @@ class RolloutStream:
         window = next(self.schedule.upcoming(step))
         self._next = step
         self.generate(window)
-        self.pool.counts["stream/ready"] = sum(flight.settled for flight in self.pool.of(step))
+        self._look_at(self.pool.settle())
+        self.pool.counts["stream/ready"] = self._share(step).settled
         while not self._complete(window):
             self._collect(wait=1.0)
             if progress is not None:
-                mine = self.pool.of(step)
-                progress(sum(f.results for f in mine), sum(f.results + len(f.waiting) for f in mine))
+                mine = self._share(step)
+                progress(mine.results, mine.results + mine.waiting)
         rollout = self._take(window)
         self.estimate_advantages(rollout.groups)
         rollout.seconds["wait"] = perf_counter() - started
@@ -144,11 +154,12 @@ class RolloutStream:
     def generate(self, window: Window) -> None:
         """Have in flight what may be trained on in the rollouts from ``window`` on, as far as the age bound allows."""
         bound = self.streaming.max_staleness
-        # Reserved groups are never too old: they are begun with weights within the bound of their rollout.
-        self.pool.drop_older_than(window.start - bound)
-        allowed = [w for w in self.schedule.upcoming(window.start) if w.start - self.pool.version <= bound]
+        # the first that is too far ahead ends it: a long run has many more
+        allowed = takewhile(lambda w: w.start - self.pool.version <= bound, self.schedule.upcoming(window.start))
         wanted = {w.start: ceil(w.prompts * (1 + self.selection.oversampling)) for w in allowed}
         if self.streaming.late == "drop":
+            # Reserved groups are never too old: they are begun with weights within the bound of their rollout.
+            self.pool.drop_older_than(window.start - bound)
             self._begin(max(0, sum(wanted.values()) - len(self.pool)), rollout=None)
             return
         for start, count in wanted.items():
@@ -159,7 +170,7 @@ class RolloutStream:
     def _begin(self, count: int, rollout: int | None) -> None:
         """Begin groups: first those that an interruption of the run stopped, then new ones."""
         again, self._begun = self._begun[:count], self._begun[count:]
-        drawn = self.sampler.draw(count - len(again)) if len(again) < count else []
+        drawn = draw(self.sampler, count - len(again)) if len(again) < count else []
         new = [(self.serial + index, prompt) for index, prompt in enumerate(drawn)]
         self.serial += len(drawn)
         for serial, prompt in again + new:
@@ -171,11 +182,12 @@ class RolloutStream:
             self._collect(wait=0.0)
 
     def _collect(self, wait: float) -> None:
-        self.pool.collect(wait)
-        if self.selection.resampling:
-            for flight in self.pool:
-                if flight.settled and flight.group is not None and not self._rewarded(flight).has_signal():
-                    self._replace(flight)
+        self._look_at(self.pool.collect(wait))
+
+    def _look_at(self, settled: list[GroupFlight]) -> None:
+        for flight in settled:
+            if self.selection.resampling and flight.usable and not flight.has_signal():
+                self._replace(flight)
 
     def _replace(self, flight: GroupFlight) -> None:
         """Put another prompt's group in the place of one without signal, while there is room."""
@@ -189,23 +201,19 @@ class RolloutStream:
             self.pool.counts["stream/resampled"] += 1
             self._begin(1, flight.rollout)
 
-    def _rewarded(self, flight: GroupFlight) -> GroupFlight:
-        """The flight, or what its reward raised."""
-        if flight.rewarded is not None:
-            flight.rewarded.result()
-        return flight
-
     def _complete(self, window: Window) -> bool:
         """Whether the rollout has the groups that it needs, or no more are to come."""
-        mine = self.pool.of(window.start)
-        usable = sum(flight.settled and flight.group is not None for flight in mine)
-        return usable >= window.prompts or all(flight.settled for flight in mine)
+        mine = self._share(window.start)
+        return mine.usable >= window.prompts or mine.settled == len(mine.flights)
+
+    def _share(self, step: int) -> Share:
+        """The groups that the rollout of step ``step`` may take."""
+        return self.pool.share(None if self.streaming.late == "drop" else step)
 
     def _take(self, window: Window) -> Rollout:
         """The groups that were complete first, in the order of their prompts; what was reserved beside them ends."""
-        mine = self.pool.of(window.start)
-        settled = [self._rewarded(flight) for flight in mine if flight.settled]
-        usable = sorted((f for f in settled if f.group is not None), key=lambda f: (f.finished, f.serial))
+        settled = [flight for flight in self._share(window.start).flights.values() if flight.settled]
+        usable = sorted((f for f in settled if f.usable), key=lambda f: (f.finished, f.serial))
         chosen = sorted(usable[: window.prompts], key=lambda f: f.serial)
         failures = [failed for flight in settled for failed in flight.failed]
         if not chosen and failures and not self._rejected:
@@ -213,7 +221,7 @@ class RolloutStream:
         self._check_age(chosen, window.start)
         self.pool.remove(chosen + [flight for flight in settled if flight.group is None])
         if self.streaming.late == "wait":
-            self.pool.counts["stream/aborted"] = self.pool.remove(self.pool.of(window.start))
+            self.pool.counts["stream/aborted"] = self.pool.remove([*self._share(window.start).flights.values()])
         self._record(chosen + self._rejected)
         seconds = {
             "generate": max((f.finished or 0.0 for f in chosen), default=0.0)
@@ -258,9 +266,12 @@ class RolloutStream:
     def updating(self, version: int) -> Iterator[None]:
         """Around a weight update of the engine; afterwards more rollouts may be within the age bound."""
         stopped = self.pool.interrupt() if self.streaming.partial == "discard" else []
-        yield
-        self.pool.version = version
-        self.pool.restart(stopped)
+        try:
+            yield
+            self.pool.version = version
+        finally:
+            if self.inbox.engine.health().alive:  # also after a refused update: nobody else would ask for them again
+                self.pool.restart(stopped)
         coming = None if self._next is None else next(self.schedule.upcoming(self._next), None)
         if self.streaming.max_staleness and coming is not None:
             self.generate(coming)
@@ -297,10 +308,10 @@ class RolloutStream:
             if completions:
                 groups.append(Group(prompt, completions, []))
         pending = [self.worker.submit(group) for group in groups]
-        while remaining := [future for future in pending if not future.done()]:
-            self.worker.wait(remaining, PATIENCE)
-            self.pump()
         for future in pending:
+            while not future.done():
+                self.worker.wait([future], PATIENCE)
+                self.pump()
             future.result()
         return groups
 

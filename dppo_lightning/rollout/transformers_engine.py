@@ -54,7 +54,7 @@ class TransformersEngine(RolloutEngine):
         try:
             # Loading initialises what a checkpoint lacks, from the global generator.
             with torch.random.fork_rng(devices=[]):
-                model = load_model(spec.model)
+                model = load_model(spec.model, spec.max_model_len)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(self.device, getattr(torch, spec.dtype))
             torch.nn.Module.to(model, self.device)  # buffers

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import load_config
+from dppo_lightning.policy import load_config, load_tokenizer
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.vllm_http import RequestRefused, ServerClient, ServerFault, wire_logprobs
 
@@ -105,7 +103,7 @@ class Identity:
 def tokens_of(model: str) -> list[int]:
     """Of the probe text; empty when the model has no tokenizer."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, ConfigError):
+        tokenizer = load_tokenizer(model)
+    except ConfigError:
         return []
     return list(tokenizer.encode(PROBE_TEXT, add_special_tokens=False))

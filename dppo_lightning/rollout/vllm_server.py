@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dppo_lightning.errors import EngineError
-from dppo_lightning.rollout.child_process import ChildProcess, end_session
+from dppo_lightning.rollout.child_process import ChildProcess
 from dppo_lightning.rollout.engine import Request
+from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_http import ServerClient, ServerFault
 
 LAUNCHER = "dppo_lightning.rollout.vllm_launcher"
@@ -94,6 +95,7 @@ class LocalServer:
         self._settings = dict(settings)
         self._environment = {**environment, "VLLM_API_KEY": key, "VLLM_SERVER_DEV_MODE": "1"}
         self._child: ChildProcess | None = None
+        self._port: socket.socket | None = None
 
     @property
     def pid(self) -> int:
@@ -110,7 +112,8 @@ class LocalServer:
         folder = tempfile.gettempdir()
         if len(folder) > LONGEST_TMPDIR:
             raise ServerFault(f"vLLM's sockets need a shorter path than {folder}/...: set TMPDIR to a shorter one")
-        port = free_port()
+        self._port = hold_port()
+        port = self._port.getsockname()[1]
         self._child = ChildProcess(LAUNCHER, self._environment, name="vLLM server")
         self._child.send("start", {**self._settings, **SERVING, "host": "127.0.0.1", "port": port})
         return f"http://127.0.0.1:{port}"
@@ -130,8 +133,9 @@ class LocalServer:
     def close(self) -> None:
         if self._child is not None:
             self._child.close()
-            end_session(self._child.pid)  # a server that was killed leaves its engine behind
-        self._child = None
+        if self._port is not None:
+            self._port.close()
+        self._child = self._port = None
 
 
 SERVING: dict[str, Any] = {
@@ -141,10 +145,3 @@ SERVING: dict[str, Any] = {
     "uvicorn_log_level": "error",
     "disable_uvicorn_access_log": True,
 }
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

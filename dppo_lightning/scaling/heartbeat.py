@@ -6,12 +6,16 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
 INTERVAL = 5.0
 """Seconds between two signs of life."""
+
+TELLING = 10.0
+"""Seconds that rank 0, with which the store ends, waits at most for the others to read there who has failed."""
 
 
 class Heartbeat:
@@ -29,16 +33,24 @@ class Heartbeat:
         address: What ``listen`` returned on rank 0.
         silence: Seconds without a sign of life after which a rank counts as dead.
         interval: Seconds between two signs of life.
+        clock: Tells seconds, for how long another has been silent.
     """
 
     _listening: TCPStore | None = None  # between listen and the constructor, on rank 0
 
     def __init__(
-        self, rank: int, world_size: int, address: tuple[str, int], silence: float = 45.0, interval: float = INTERVAL
+        self,
+        rank: int,
+        world_size: int,
+        address: tuple[str, int],
+        silence: float = 45.0,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank = rank
         self.silence = silence
         self.interval = min(interval, silence / 4)
+        self._clock = clock
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
         if rank == 0:
             assert Heartbeat._listening is not None, "Heartbeat.listen comes first"
@@ -50,7 +62,7 @@ class Heartbeat:
         self._counts: dict[int, int] = {}
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
-        self._answered = time.monotonic()
+        self._answered = clock()
         self._failure: str | None = None
         self._asking = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="heartbeat watch", daemon=True)
@@ -80,8 +92,6 @@ class Heartbeat:
         try:
             if failure is not None:
                 self._post(failure)
-                if self.rank == 0:  # the store ends with this process: let the others read it first
-                    time.sleep(2 * self.interval)
             self._store.add(f"left/{self.rank}", 1)
         except DistError:
             pass  # rank 0 has gone, and the store with it
@@ -90,13 +100,13 @@ class Heartbeat:
         while not self._stopped.wait(self.interval):
             try:
                 self._failure = self._failure or self._beat()
-                self._answered = time.monotonic()
+                self._answered = self._clock()
             except DistError:
                 pass  # rank 0 may have left in good order an instant ago, as this rank is about to
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.interval):
-            silent = time.monotonic() - self._answered
+            silent = self._clock() - self._answered
             failure = self._failure
             if failure is None and silent > self.silence:
                 failure = f"rank 0 has died (no answer for {self.silence:.0f} s)"
@@ -108,8 +118,10 @@ class Heartbeat:
         """Show life, look for it; the line of a rank that has failed, if any."""
         self._store.add(f"beat/{self.rank}", 1)
         if self._store.add("failures", 0):
-            return self._store.get("failure").decode()
-        now = time.monotonic()
+            failure = self._store.get("failure").decode()
+            self._store.add(f"told/{self.rank}", 1)
+            return failure
+        now = self._clock()
         for rank in self._watched:
             count = self._store.add(f"beat/{rank}", 0)
             if count != self._counts.get(rank) or rank not in self._heard:
@@ -119,12 +131,21 @@ class Heartbeat:
                     self._left.add(rank)
                     continue
                 failure = f"rank {rank} has died (no sign of life for {self.silence:.0f} s)"
-                self._post(failure)
-                if self.rank == 0:
-                    time.sleep(2 * self.interval)  # the store ends with this process: let the others read it first
+                self._post(failure, dead=rank)
                 return failure
         return None
 
-    def _post(self, failure: str) -> None:
+    def _post(self, failure: str, dead: int | None = None) -> None:
+        """Write who has failed; rank 0 returns when the others have read it, but for one that is ``dead``."""
         self._store.set("failure", failure)
         self._store.add("failures", 1)
+        if self.rank == 0:
+            deadline = time.monotonic() + TELLING
+            waiting = [rank for rank in self._watched if rank != dead]
+            while waiting and time.monotonic() < deadline:
+                time.sleep(min(self.interval, 0.1))
+                waiting = [rank for rank in waiting if not self._knows(rank)]
+
+    def _knows(self, rank: int) -> bool:
+        """Whether a rank has read of the failure, or has left."""
+        return any(self._store.add(f"{what}/{rank}", 0) > 0 for what in ("told", "left"))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dppo_lightning.errors import ConfigError, RankError
-from dppo_lightning.scaling.heartbeat import Heartbeat
+from dppo_lightning.scaling.heartbeat import INTERVAL, Heartbeat
 from dppo_lightning.scaling.requeue import Requeued
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Ranks:
     Args:
         silence: Seconds without a sign of life after which a rank counts as dead. Every other rank then prints one line
             and ends at once, as what it waits for will never come.
+        interval: Seconds between two signs of life.
+        clock: Tells seconds, for how long another rank has been silent.
 
     Attributes:
         rank: Of this process, from 0; rank 0 is the controller.
@@ -35,7 +38,9 @@ class Ranks:
         local_rank: Of this process on its machine.
     """
 
-    def __init__(self, silence: float = 45.0) -> None:
+    def __init__(
+        self, silence: float = 45.0, interval: float = INTERVAL, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         joined = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if joined else 0
         self.world_size = dist.get_world_size() if joined else 1
@@ -46,7 +51,7 @@ class Ranks:
         if self.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             address = self.from_controller(Heartbeat.listen(self.world_size) if self.is_controller else None)
-            self._heartbeat = Heartbeat(self.rank, self.world_size, address, silence)
+            self._heartbeat = Heartbeat(self.rank, self.world_size, address, silence, interval, clock)
 
     @property
     def is_controller(self) -> bool:

@@ -101,6 +101,44 @@ def _zero_gathered(parameters: list[Tensor]) -> Generator[None, None, None]:
         yield
 
 
+@contextmanager
+def whole_as_it_runs(model: Any) -> Generator[None, None, None]:
+    """Before DeepSpeed has an engine for a model of ZeRO-3, that engine's work: each decoder layer is whole while it
+    runs, and everything else throughout. Collective there; other models are left as they are."""
+    if not in_shards(model):
+        yield
+        return
+    import deepspeed
+
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    running: list[Any] = []
+
+    def gather(layer: Any, *_: Any) -> None:
+        running.append(deepspeed.zero.GatheredParameters(list(layer.parameters())))
+        running[-1].__enter__()
+
+    def release(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    handles = [layer.register_forward_pre_hook(gather) for layer in layers]
+    handles += [layer.register_forward_hook(release) for layer in layers]
+    try:
+        with _zero_gathered([parameter for parameter in model.parameters() if id(parameter) not in inside]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while running:  # of a layer that has raised
+            release()
+
+
+def in_shards(model: Any) -> bool:
+    """Whether ZeRO-3 has cut the model up."""
+    return any(_in_zero_shards(parameter) for parameter in model.parameters())
+
+
 def _in_zero_shards(parameter: Tensor) -> bool:
     """Whether DeepSpeed's stage 3 has taken the parameter over."""
     return hasattr(parameter, "ds_id")

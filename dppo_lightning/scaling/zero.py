@@ -149,7 +149,8 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
             return
         import deepspeed
 
-        keep = {"zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "train_micro_batch_size_per_gpu"}
+        keep = {"zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "data_types"}
+        keep.add("train_micro_batch_size_per_gpu")
         engine, *_ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index),
             config={name: value for name, value in self.config.items() if name in keep},
@@ -218,7 +219,10 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Leaves batches as they are: log-probs, advantages and weights of the loss stay float32."""
+    """Leaves batches as they are: log-probs, advantages and weights of the loss stay float32.
+
+    What is a model's own is cast as under any precision, its buffers excepted: see precision.KeepsBuffers.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -267,4 +271,8 @@ def _config(zero: dict[str, Any]) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # the run's own optimizer, not one that must be compiled
         "train_micro_batch_size_per_gpu": 1,  # used in deepspeed's own logs only
+        "data_types": {
+            "grad_accum_dtype": "fp32",  # in 16 bits the small gradients of later micro-batches would be lost
+            "keep_in_fp32_modules": ["*"],  # buffers: stage 3 makes the model's tensors in 16 bits as it loads
+        },
     }

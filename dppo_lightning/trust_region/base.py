@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dppo_lightning.errors import ConfigError, DPPOError
 
 Anchor = Literal["rollout", "recomputed"]
+"""mu as the engine recorded it, or pi_old as the trainer has it when training on the rollout begins."""
 Scope = Literal["token", "sequence"]
 
 
@@ -30,14 +31,18 @@ class TokenStats:
         logp: log pi of the sampled token; carries the gradient.
         rollout_logp: log mu, recorded by the engine when it sampled the token.
         advantage: Advantage of the token's sequence.
-        recomputed_logp: log pi_old, recomputed by the trainer with the weights of rollout time; only on request.
+        recomputed_logp: log pi_old, recomputed by the trainer when training on the rollout begins, with the weights
+            before its first optimizer step; only on request. Where generation runs ahead (max_staleness > 0) that is
+            not the policy that sampled: rollout_logp sees that staleness, recomputed_logp does not.
         topk_logp: log pi at mu's K most likely ids, most likely first; the last column is the sampled token.
             For a region that needs "full": log pi at every id, in any order, without a column for the sampled token.
         rollout_topk_logp: log mu at the same ids; -inf marks an unused slot (the sampled token's own, when it is
-            among the K already).
+            among the K already). With "full" mu is the trainer's own, recomputed when training on the rollout begins.
         entropy: Entropy of pi, in nats.
         sequence: Index of each token's sequence.
         position: Place of the token in its completion, from 0.
+        chosen: Whether the token is among those that the region's ``choose`` named; [N, C] for ``Combined`` with C
+            members that choose.
     """
 
     logp: Float[Tensor, " N"]
@@ -49,6 +54,7 @@ class TokenStats:
     entropy: Float[Tensor, " N"] | None = None
     sequence: Int[Tensor, " N"] | None = None
     position: Int[Tensor, " N"] | None = None
+    chosen: Bool[Tensor, "N ..."] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -80,17 +86,20 @@ class TrustRegion(nn.Module):
 
     Override ``forward``, and declare as class attributes what it reads:
 
-    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full"}; what is not needed is not computed.
+    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full", "chosen"}; what is not needed is not computed.
     - ``k``: for a region that needs "topk", how many ids are asked of the rollout engine.
     - ``scope``: "token" when each token is judged alone (evaluated chunk by chunk inside the head), "sequence" when a
-      token's fate depends on others of its sequence or batch; then ``sequence`` and ``position`` are given.
+      token's fate depends on others of its sequence; then ``sequence`` and ``position`` are given. Never use a mean or
+      a rank over all tokens that ``forward`` is given: they are a part of the step, and how large a part depends on
+      micro-batches and ranks. What depends on the whole step is for ``choose``.
     - ``composable``: False when the loss is not ``weighted_surrogate``, so that ``Combined`` refuses it.
 
     Calling a region checks its statistics first (``check_tokens``), on every call: one reduction and one
     synchronisation.
 
     Args:
-        anchor: The distribution that the region measures from: "rollout" (mu) or "recomputed" (pi_old).
+        anchor: The distribution that the region measures from: "rollout" (mu, what the engine recorded) or
+            "recomputed" (pi_old, the trainer's policy when training on the rollout begins; see ``TokenStats``).
 
     Raises:
         ConfigError: Unknown anchor.
@@ -115,6 +124,21 @@ class TrustRegion(nn.Module):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         raise NotImplementedError
+
+    def choose(self, tokens: TokenStats) -> Bool[Tensor, "N ..."]:
+        """Some of an optimizer step's tokens, for a region that needs "chosen"; ``forward`` finds them in ``chosen``.
+
+        Called once before each optimizer step, without gradient, with every token of the step from all ranks and
+        micro-batches: log-probs under the step's first weights, ``sequence`` and ``position``, and ``recomputed_logp``
+        where needed. The order of the tokens depends on how the step was split, so the choice must not depend on it.
+        Costs a forward pass of the step.
+        """
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """Columns of ``chosen`` that the region reads."""
+        return int("chosen" in self.needs)
 
     def describe(self) -> dict[str, str]:
         """Name, thresholds and anchor for the start table and the run record."""
@@ -143,7 +167,7 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
     """
     required = ["logp", "rollout_logp", "advantage"]
     required += ["topk_logp", "rollout_topk_logp"] if region.needs & {"topk", "full"} else []
-    required += [name for name in ("recomputed_logp", "entropy") if name in region.needs]
+    required += [name for name in ("recomputed_logp", "entropy", "chosen") if name in region.needs]
     required += ["sequence", "position"] if region.scope == "sequence" else []
     given = {name: getattr(tokens, name) for name in (field.name for field in fields(tokens))}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -174,6 +198,15 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
         bad = int((~torch.isfinite(tensor) & ~allowed).sum())
         if bad:
             raise TokenStatsError(f"{name_of_region}: {name} has {bad} of {tensor.numel()} values that are not finite")
+
+
+def concatenated(pieces: list[TokenStats]) -> TokenStats:
+    """The tokens of several pieces, at least one, which all have the same statistics."""
+    columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
+    joined: dict[str, Any] = {
+        name: None if values[0] is None else torch.cat(values) for name, values in columns.items()
+    }
+    return TokenStats(**joined)
 
 
 def anchor_logp(tokens: TokenStats, anchor: Anchor) -> Float[Tensor, " N"]:

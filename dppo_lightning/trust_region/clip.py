@@ -168,7 +168,7 @@ class RelaxedClip(TrustRegion):
 class MiniRL(TrustRegion):
     """MiniRL (arXiv 2512.01374): the PPO mask is taken on r' = pi / pi_old, the weight in the loss is r = pi / mu.
 
-    The anchor is the recomputed policy by definition.
+    The anchor is the recomputed policy by definition: the trainer's when training on the rollout begins.
 
     Args:
         epsilon_low: In (0, 1).
@@ -220,8 +220,10 @@ class CISPO(TrustRegion):
 class IcePop(TrustRegion):
     """IcePop (Ring-1T, arXiv 2510.18855): the mismatch weight k = pi_old / mu is kept inside [low, high], else 0.
 
-    The loss is k r' with r' = pi / pi_old, hence pi / mu. The sign of A plays no part: a token on which trainer and
-    engine disagree is dropped whichever way it would move. Needs both anchors, so there is none to choose.
+    The loss is k r' with r' = pi / pi_old, hence pi / mu. Where generation runs ahead (max_staleness > 0) pi_old is not
+    the policy that sampled, and k holds staleness beside the mismatch of trainer and engine. The sign of A plays no
+    part: a token on which trainer and engine disagree is dropped whichever way it would move. Needs both anchors, so
+    there is none to choose.
 
     Args:
         low: Least k, >= 0.

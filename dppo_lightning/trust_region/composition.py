@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, policy_gradient
@@ -50,9 +53,30 @@ class Combined(TrustRegion):
         """The combined regions, in order."""
         return [mask for mask in self.masks if isinstance(mask, TrustRegion)]
 
+    def choose(self, tokens: TokenStats) -> Bool[Tensor, "N C"]:
+        """What each member chooses, in columns."""
+        chosen = [mask.choose(tokens) for mask in self.members if mask.choices]
+        return torch.cat([one if one.ndim == 2 else one[:, None] for one in chosen], dim=1)
+
+    @property
+    def choices(self) -> int:
+        return sum(mask.choices for mask in self.members)
+
+    def _shared_out(self, tokens: TokenStats) -> list[TokenStats]:
+        """For each member the statistics with its own columns of ``chosen``."""
+        given, place = [], 0
+        for mask in self.members:
+            mine = None
+            if tokens.chosen is not None and mask.choices:
+                mine = tokens.chosen[:, place : place + mask.choices]
+                mine = mine if isinstance(mask, Combined) else mine.squeeze(1)
+            given.append(replace(tokens, chosen=mine))
+            place += mask.choices
+        return given
+
     def forward(self, tokens: TokenStats) -> Surrogate:
         # forward, not a call: the statistics were checked for all members' needs already
-        members = [mask.forward(tokens) for mask in self.members]
+        members = [mask.forward(mine) for mask, mine in zip(self.members, self._shared_out(tokens), strict=True)]
         log_ratio = tokens.logp.detach() - tokens.rollout_logp
         keep = torch.ones_like(log_ratio, dtype=torch.bool)
         weight = torch.ones_like(log_ratio)

@@ -11,7 +11,6 @@ from torch import Tensor
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
-    Scope,
     Surrogate,
     TokenStats,
     TrustRegion,
@@ -21,22 +20,27 @@ from dppo_lightning.trust_region.base import (
     weighted_surrogate,
 )
 
+TIE = 1e-4
+"""Covariances that differ by less, relative to the larger one, tie."""
+
 
 class CovarianceRegion(TrustRegion):
-    """Base: picks the tokens with the largest (A - mean A) (log pi - mean log pi), the means over the micro-batch.
+    """Base: picks the tokens with the largest (A - mean A) (log pi - mean log pi), the means over the optimizer step.
 
     At least one token is picked, of those with A != 0 and a positive covariance: the others do not lower the entropy.
-    The share is one of the micro-batch, so the choice depends on how the step was split.
+    Share, means and ranks are those of the whole step, on all ranks and under its first weights, so the choice does not
+    depend on how the step was split. Tokens that tie with the last one are picked too: completions of one prompt often
+    begin with the same tokens, whose log-probs differ by rounding alone, and the rounding depends on the split.
 
     Args:
-        fraction: Share of the tokens that are picked, in (0, 1].
+        fraction: Share of the step's tokens that are picked, in (0, 1].
         anchor: Denominator of the ratio.
 
     Raises:
         ConfigError: ``fraction`` is out of range.
     """
 
-    scope: Scope = "sequence"
+    needs: frozenset[str] = frozenset({"chosen"})
 
     def __init__(self, fraction: float = 2e-4, anchor: Anchor = "rollout") -> None:
         super().__init__(anchor)
@@ -44,34 +48,41 @@ class CovarianceRegion(TrustRegion):
             raise ConfigError(f"{type(self).__name__}: fraction must be in (0, 1], got {fraction}")
         self.fraction = fraction
 
-    def covariance(self, tokens: TokenStats) -> Float[Tensor, " N"]:
-        logp = tokens.logp.detach()
-        return (tokens.advantage - tokens.advantage.mean()) * (logp - logp.mean())
-
-    def picked(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
+    def choose(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
         covariance = self.covariance(tokens).masked_fill(tokens.advantage == 0, 0.0)
-        count = min(len(covariance), max(1, int(self.fraction * len(covariance))))
-        picked = torch.zeros_like(covariance, dtype=torch.bool)
-        picked[covariance.topk(count).indices] = True
-        return picked & (covariance > 0)
+        if len(covariance) == 0:
+            return torch.zeros_like(covariance, dtype=torch.bool)
+        count = max(1, int(self.fraction * len(covariance)))
+        return (covariance >= covariance.topk(count).values[-1] * (1 - TIE)) & (covariance > 0)
+
+    def covariance(self, tokens: TokenStats) -> Float[Tensor, " N"]:
+        # in float64: the order of the tokens moves a float32 mean, and with it the choice
+        logp, advantage = tokens.logp.detach().double(), tokens.advantage.double()
+        return (advantage - advantage.mean()) * (logp - logp.mean())
+
+
+def chosen(tokens: TokenStats) -> Bool[Tensor, " N"]:
+    """The tokens that were picked."""
+    assert tokens.chosen is not None  # check_tokens
+    return tokens.chosen
 
 
 class CovarianceClip(CovarianceRegion):
     """Clip-Cov: the picked tokens have no loss; the others have the weight r, without PPO's clip.
 
     The authors' code draws the tokens at random from a band of covariances; here they are the largest, so that the same
-    batch gives the same update.
+    step gives the same update.
     """
 
     def forward(self, tokens: TokenStats) -> Surrogate:
-        return weighted_surrogate(tokens, ~self.picked(tokens), anchor=self.anchor)
+        return weighted_surrogate(tokens, ~chosen(tokens), anchor=self.anchor)
 
 
 class CovarianceKL(CovarianceRegion):
     """KL-Cov: the picked tokens pay beta |log pi - log anchor| on top of -A r; nothing is stopped.
 
     Args:
-        fraction: Share of the tokens that are picked, in (0, 1].
+        fraction: Share of the step's tokens that are picked, in (0, 1].
         beta: Weight of the penalty, > 0.
         anchor: Denominator of the ratio.
 
@@ -88,6 +99,6 @@ class CovarianceKL(CovarianceRegion):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         log_ratio = tokens.logp - anchor_logp(tokens, self.anchor)
-        penalty = torch.where(self.picked(tokens), self.beta * log_ratio.abs(), 0.0)
+        penalty = torch.where(chosen(tokens), self.beta * log_ratio.abs(), 0.0)
         keep = torch.ones_like(penalty, dtype=torch.bool)
         return Surrogate(policy_gradient(tokens, log_ratio.detach().exp()) + penalty, keep)

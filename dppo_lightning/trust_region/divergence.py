@@ -101,7 +101,7 @@ class BinaryTV(DivergenceMask):
         super().__init__(delta, delta_low, delta_high, max_ratio, anchor)
 
     def divergence(self, tokens: TokenStats) -> Float[Tensor, " N"]:
-        return (tokens.rollout_logp.exp() - tokens.logp.exp()).abs()
+        return binary_tv(tokens.rollout_logp, tokens.logp)
 
 
 class BinaryKL(DivergenceMask):
@@ -150,12 +150,23 @@ class MinimalMask(TrustRegion):
         return weighted_surrogate(tokens, ~((tokens.advantage < 0) & (fall >= self.delta)), fall.abs())
 
 
+def binary_tv(rollout_logp: Float[Tensor, " N"], logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """|mu - pi| of the sampled token."""
+    return (rollout_logp.exp() - logp.exp()).abs()
+
+
 def binary_kl(rollout_logp: Float[Tensor, " N"], logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """KL(mu || pi) of the sampled token against all others, finite and >= 0 up to mu, pi = 1."""
     mu = rollout_logp.exp()
     taken = mu * (rollout_logp - logp)
     others = (1 - mu) * (log_complement(rollout_logp) - log_complement(logp))
     return (taken + others).clamp(min=0)
+
+
+def binary_chi2(rollout_logp: Float[Tensor, " N"], logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """(pi - mu)^2 / (mu (1 - mu)) of the sampled token against all others; mu is held one float32 step below 1."""
+    # as (r - 1) (pi - mu) / (1 - mu): the square of a rare token's probability underflows
+    return torch.expm1(logp - rollout_logp) * (logp.exp() - rollout_logp.exp()) / log_complement(rollout_logp).exp()
 
 
 def log_complement(logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -100,18 +100,19 @@ class TopKKL(TopKMask):
 class FullMask(DivergenceMask):
     """Base of the divergences over the whole vocabulary: ``topk_logp`` has a column for every id, and nothing rests.
 
-    The distribution of rollout time is the trainer's own: it is rebuilt from the hidden states and the projection that
-    were kept before the rollout's first step, in the trainer's precision. So with a coarser engine (bf16 weights, fp32
-    trainer) this divergence shows how far training has moved the policy, not how far the engine was from the trainer;
-    ratio and direction are still taken from the engine's own log mu of the sampled token. ``TopKTV`` and ``TopKKL``
-    compare with what the engine recorded.
+    mu is the trainer's own distribution when training on the rollout begins: it is rebuilt from the hidden states and
+    the projection that were kept before the rollout's first step, in the trainer's precision. Where generation runs
+    ahead (max_staleness > 0) it is not the policy that sampled, and nothing is seen of that staleness. With a coarser
+    engine (bf16 weights, fp32 trainer) this divergence shows how far training has moved the policy, not how far the
+    engine was from the trainer; ratio and direction are still taken from the engine's own log mu of the sampled token.
+    ``TopKTV`` and ``TopKKL`` compare with what the engine recorded.
 
     Args:
         delta: Threshold on the divergence, > 0.
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
         max_ratio: Cap C on the importance weight, > 0; None for no cap.
-        anchor: Only "rollout": the distribution of rollout time is the one that is kept.
+        anchor: Only "rollout".
 
     Raises:
         ConfigError: A threshold is not > 0, or the anchor is "recomputed".

@@ -74,6 +74,9 @@ def test_the_start_table_names_what_will_be_trained(config: Config, tmp_path: Pa
         "transformers on cpu",
         *numbers,
         "12 for training, 4 held out",
+        "16 11 16 29 (4 in all)",  # 0+0= in the tokenizer's characters
+        "'0+0='",
+        "95 '<end>', from tokenizer",
     ):
         assert text in table, table
 

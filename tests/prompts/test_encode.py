@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dppo_lightning.errors import DataError
 from dppo_lightning.prompts import Example, encode
 from dppo_lightning.prompts import encoding as encoding_module
-from tests.prompts.tokenizers import character_tokenizer, ids_of
+from tests.prompts.tokenizers import character_tokenizer, framing_tokenizer, ids_of
 
 PLAIN = character_tokenizer()
 CHAT = character_tokenizer(chat=True)
@@ -19,7 +19,7 @@ def user(text: str) -> Example:
     return Example(messages=({"role": "user", "content": text},))
 
 
-def test_plain_text_is_tokenised_as_the_tokenizer_does_by_default() -> None:
+def test_plain_text_begins_as_the_tokenizer_lets_texts_begin() -> None:
     (prompt,), dropped = encode([Example(prompt="1+1=")], CHAT, "train", None)
     assert prompt.token_ids == (0, *ids_of("1+1="))
     assert prompt.text == "1+1="
@@ -30,6 +30,61 @@ def test_a_chat_gets_its_special_token_once_and_asks_for_the_answer() -> None:
     (prompt,), _ = encode([user("hi")], CHAT, "train", None)
     assert prompt.text == "<s>[user]hi[assistant]"
     assert prompt.token_ids == (0, *ids_of("[user]hi[assistant]"))
+
+
+BOS, EOS, MASK = 0, 97, 98
+
+
+@pytest.mark.parametrize("text", ["<s>hi", "<s><s><s>hi", "\n <s>hi", "hi"])
+@pytest.mark.parametrize("parts", ["<s> $A", "<s> $A </s>"])
+def test_a_text_begins_with_the_beginning_once_however_often_it_writes_it(text: str, parts: str) -> None:
+    (prompt,), _ = encode([Example(prompt=text)], framing_tokenizer(parts), "train", None)
+    assert prompt.token_ids == (BOS, *ids_of("hi"))
+
+
+@pytest.mark.parametrize("text", ["[M]<s>hi", "<s>hi", "hi", "[M]<s>[M]<s>hi"])
+def test_a_beginning_of_several_tokens_is_completed_and_not_repeated(text: str) -> None:
+    (prompt,), _ = encode([Example(prompt=text)], framing_tokenizer("[M] <s> $A"), "train", None)
+    assert prompt.token_ids == (MASK, BOS, *ids_of("hi"))
+
+
+@pytest.mark.parametrize("parts", ["$A </s>", "<s> $A </s>", "$A"])
+def test_what_the_tokenizer_puts_after_a_text_does_not_end_a_prompt(parts: str) -> None:
+    (prompt,), _ = encode([Example(prompt="hi")], framing_tokenizer(parts), "train", None)
+    assert prompt.token_ids == (*((BOS,) if parts.startswith("<s>") else ()), *ids_of("hi"))
+
+
+@pytest.mark.parametrize("parts", ["<s> $A", "<s> $A </s>", "$A"])
+@pytest.mark.parametrize("template", ["<s>[user]hi", "<s><s>[user]hi"])
+def test_a_template_that_writes_the_beginning_gets_no_other(parts: str, template: str) -> None:
+    tokenizer = framing_tokenizer(parts)
+    tokenizer.chat_template = template
+    (prompt,), _ = encode([user("hi")], tokenizer, "train", None)
+    assert prompt.token_ids == (BOS, *ids_of("[user]hi"))
+
+
+def test_a_prompt_that_ends_with_the_end_is_refused_whoever_wrote_it() -> None:
+    tokenizer = framing_tokenizer("<s> $A")
+    with pytest.raises(DataError, match=r"prompt train/1 ends with '</s>'.*remove it from"):
+        encode([Example(prompt="hi"), Example(prompt="hi</s>")], tokenizer, "train", None)
+    tokenizer.chat_template = "[user]hi</s>"
+    with pytest.raises(DataError, match=r"prompt heldout/0 ends with '</s>'.*add_generation_prompt"):
+        encode([user("hi")], tokenizer, "heldout", None)
+
+
+def test_other_ends_of_the_model_count_where_they_are_special_tokens() -> None:
+    tokenizer = framing_tokenizer("$A")
+    with pytest.raises(DataError, match=r"ends with '\[M\]'"):
+        encode([Example(prompt="hi[M]")], tokenizer, "train", None, stops=(MASK,))
+    ordinary = ids_of("i")
+    assert encode([Example(prompt="hi")], tokenizer, "train", None, stops=ordinary)[0][0].token_ids == ids_of("hi")
+
+
+def test_one_token_may_both_begin_and_end_a_text() -> None:
+    tokenizer = framing_tokenizer("<s> $A")
+    tokenizer.eos_token = "<s>"
+    prompts, _ = encode([Example(prompt="<s>"), Example(prompt="<s>hi")], tokenizer, "train", None)
+    assert [prompt.token_ids for prompt in prompts] == [(BOS,), (BOS, *ids_of("hi"))]
 
 
 def test_answer_and_columns_come_through() -> None:

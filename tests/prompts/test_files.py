@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 import sys
 import tempfile
 from pathlib import Path
@@ -93,7 +96,7 @@ BAD_ROWS = {
     "surrogate": ({"prompt": "\ud800"}, "half a character"),
     "answer list": ({"prompt": "a", "answer": [1]}, "'answer' must be text or a finite number"),
     "answer bool": ({"prompt": "a", "answer": True}, "'answer' must be text or a finite number"),
-    "answer nan": ({"prompt": "a", "answer": float("nan")}, "'answer' must be text or a finite number"),
+    "answer inf": ({"prompt": "a", "answer": float("inf")}, "'answer' must be text or a finite number"),
     "messages text": ({"messages": "a"}, "'messages' must be a list"),
     "messages empty": ({"messages": []}, "'messages' must be a list"),
     "message text": ({"messages": [USER, "a"]}, r"'messages'\[1\] must be an object"),
@@ -146,6 +149,35 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, source: type[JsonlP
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl: cannot be read as Parquet"):
+        ParquetPrompts(jsonl(tmp_path, [{"prompt": "a"}])).load()
+
+
+OTHER_KINDS = {
+    "gzip": (gzip.compress(b'{"prompt": "a"}\n'), "compressed with gzip: unpack it"),
+    "bzip2": (bz2.compress(b'{"prompt": "a"}\n'), "compressed with bzip2: unpack it"),
+    "xz": (lzma.compress(b'{"prompt": "a"}\n'), "compressed with xz: unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x24\x00", "compressed with zstd: unpack it"),
+    "array": (b'\n[{"prompt": "a"}, {"prompt": "b"}]\n', "JSON array: write one object a line"),
+    "long array": (b'[\n  {"prompt": "a"}\n]\n', "JSON array: write one object a line"),
+    "utf-16": ('{"prompt": "a"}'.encode("utf-16"), "UTF-16: write it as UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "problem"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+@pytest.mark.parametrize("source", [JsonlPrompts, ParquetPrompts])
+def test_a_file_of_another_kind_is_named_as_what_it_is(
+    tmp_path: Path, source: type[JsonlPrompts] | type[ParquetPrompts], content: bytes, problem: str
+) -> None:
+    (tmp_path / "train").write_bytes(content)
+    with pytest.raises(DataError, match=rf"train: .*is .*{problem}") as caught:
+        source(str(tmp_path / "train")).load()
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_and_json_lines_point_to_each_other(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is Parquet: read it with ParquetPrompts"):
+        JsonlPrompts(parquet(tmp_path, [{"prompt": "a"}])).load()
+    with pytest.raises(DataError, match="it is JSON: JsonlPrompts reads it"):
         ParquetPrompts(jsonl(tmp_path, [{"prompt": "a"}])).load()
 
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from dppo_lightning.errors import DataError
-from dppo_lightning.prompts import HuggingFacePrompts
+from dppo_lightning.prompts import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
 
 
 @pytest.fixture
@@ -49,3 +49,20 @@ def test_what_is_wrong_is_named_with_data_set_split_and_row(folder: Path) -> Non
         HuggingFacePrompts(str(folder), name="main").load()
     with pytest.raises(DataError, match=r"absent \(train\): cannot be loaded"):
         HuggingFacePrompts(str(folder / "absent")).load()
+
+
+def test_a_folder_of_save_to_disk_is_named_as_what_it_is(folder: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"prompt": ["a", "b"]})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "several")
+    assert len(HuggingFacePrompts(str(tmp_path / "several")).load().train) == 2  # datasets reads a folder of splits
+    for name, sources in (("one", (HuggingFacePrompts,)), ("several", ())):
+        for source in (*sources, JsonlPrompts, ParquetPrompts):
+            with pytest.raises(DataError, match=r"is a folder of save_to_disk: load it with load_from_disk and write"):
+                source(str(tmp_path / name)).load()
+
+
+def test_a_file_that_cannot_be_parsed_keeps_the_deeper_reason(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"question": "a"\n{"question": "b"}\n')
+    with pytest.raises(DataError, match=r"data \(train\): cannot be loaded: .*JSON"):
+        HuggingFacePrompts(str(folder)).load()

@@ -32,6 +32,16 @@ def character_tokenizer(chat: bool = False, unknown: bool = True) -> PreTrainedT
     )
 
 
+def framing_tokenizer(parts: str) -> PreTrainedTokenizerFast:
+    """One token a character, with ``</s>`` (id 97) and ``[M]`` (98) besides, framing every text as ``parts`` says."""
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["[M]"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=parts, special_tokens=[("<s>", 0), ("</s>", 97), ("[M]", 98)]
+    )
+    return tokenizer
+
+
 def ids_of(text: str) -> tuple[int, ...]:
     """The ids of a text's characters, without the special token."""
     return tuple(ord(character) - 30 for character in text)

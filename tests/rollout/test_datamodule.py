@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from small_runs import QUIET, Letters, Memory, ShareOf, build, fit, sgd
 from torch import Tensor
 
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.errors import ConfigError, EngineError, SyncError
-from dppo_lightning.policy import load_tokenizer
 from dppo_lightning.rewards.base import Sample
-from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics, stop_token_ids
+from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.scripted import ScriptedEngine
+from dppo_lightning.rollout.streaming import Selection
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 
 from .test_weight_sync import Stale
@@ -179,6 +178,43 @@ def test_a_run_goes_on_without_the_prompts_that_fail(places: list[int], groups: 
         assert all((weight == after_first[name]).all() for name, weight in run.weights.items())
 
 
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"engine": Unreliable([0, 1, 2, 3, 4]), "steps_per_rollout": 2}, "no group is left for it"),
+        ({"selection": Selection(resampling=0.5), "reward": ShareOf("")}, "no group is left for it"),
+        ({"selection": Selection(overlong="mask"), "max_new_tokens": 1}, "all completions of its groups are left out"),
+    ],
+    ids=["failed", "without signal", "overlong"],
+)
+def test_a_step_with_nothing_to_train_on_is_told_and_moves_nothing(
+    data: dict[str, Any], why: str, tiny_policy_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither by AdamW's momentum nor by its weight decay, and the schedule goes on."""
+    run = fit(
+        tiny_policy_dir,
+        {"optimizer": adamw, "lr_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)},
+        data,
+        max_steps=4,
+        accumulate_grad_batches=2,
+    )
+    empty = run.metrics.of("train/empty")
+    assert sum(empty) >= 1
+    assert [tokens == 0 for tokens in run.metrics.of("train/tokens")] == [bool(value) for value in empty]
+    states = [*run.record.weights, run.weights]
+    for step, nothing in enumerate(empty):
+        before, after = states[step], states[step + 1]
+        assert all((before[name] == after[name]).all() for name in before) == bool(nothing)
+        assert run.metrics.of("train/learning_rate")[step] == (0 if nothing else pytest.approx(0.01 * 0.5**step))
+    told = [record.getMessage() for record in caplog.records if "no token to train on" in record.getMessage()]
+    assert len(told) == 1
+    assert f"optimizer step {empty.index(1)} has no token to train on ({why})" in told[0]
+
+
 def test_a_step_does_not_repeat_what_was_logged_for_an_earlier_one(tiny_policy_dir: str) -> None:
     engine = Unreliable([0, 1, 2, 3, 4])
     run = fit(tiny_policy_dir, data={"engine": engine, "steps_per_rollout": 2}, max_steps=2)
@@ -226,13 +262,6 @@ def test_long_prompts_are_dropped_and_the_others_keep_their_names(tiny_policy_di
     run = fit(tiny_policy_dir, data={"prompts": Letters(6), "max_prompt_tokens": 2})
     ids = {prompt.id: len(prompt.token_ids) for prompt in run.data.train_prompts}
     assert ids == {"train/0": 1, "train/1": 2, "train/3": 1, "train/4": 2}
-
-
-def test_a_completion_ends_where_tokenizer_and_model_say_so(tiny_policy_dir: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(tiny_policy_dir)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3]}))
-    assert stop_token_ids(str(tmp_path), tokenizer) == (3, 7, 95)
-    assert stop_token_ids(tiny_policy_dir, tokenizer) == (95,)
 
 
 def make_group(rewards: list[float], lengths: list[int], reasons: str, **parts: list[float]) -> Group:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -321,18 +320,16 @@ def test_an_impossible_request_fails_alone(case: Case, request_: object, reason:
 
 @every_engine
 def test_poll_returns_at_once_when_nothing_is_in_flight(case: Case) -> None:
-    started = time.perf_counter()
-    assert case.engine.poll() == []
-    assert case.engine.poll(timeout=30) == []
-    assert time.perf_counter() - started < 1
+    assert case.engine.poll() == []  # else it waits until the test's time limit
+    assert case.engine.poll(timeout=1e6) == []
 
 
 @every_engine
 def test_poll_keeps_to_its_timeout(case: Case) -> None:
     results = case.begin_long()
-    started = time.perf_counter()
-    results |= {result.request_id: result for result in case.engine.poll(timeout=0.01)}
-    assert time.perf_counter() - started < 1
+    while found := case.engine.poll(timeout=0.001):
+        results |= {result.request_id: result for result in found}
+    assert len(results) < len(LONGS)  # it has come back with nothing, and there was something to wait for
     case.engine.abort([request.id for request in LONGS])
     case.wait(len(LONGS) - len(results))
 

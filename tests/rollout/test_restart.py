@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import running
 from transformers import AutoModelForCausalLM
 
 from dppo_lightning.batch import Completion
@@ -22,7 +23,6 @@ from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 
 from .engine_case import LONGS, Case, ask, changed, error, weights
-from .test_vllm_process import running
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 TOLERANCE = 1e-4

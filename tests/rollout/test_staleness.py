@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
 from dppo_lightning.batch import Prompt
-from dppo_lightning.errors import ConfigError, EngineError, RewardError
+from dppo_lightning.errors import ConfigError, EngineError, RewardError, SyncError
 from dppo_lightning.policy import load_tokenizer
 from dppo_lightning.prompts import Shuffled
 from dppo_lightning.rewards.base import RewardFunction, Sample
@@ -230,6 +229,17 @@ def test_an_update_meets_completions_half_way(begin: Any) -> None:
     assert all(len(set(c.versions.tolist())) == 1 for r in discarded for g in r.groups for c in g.completions)
 
 
+def test_a_refused_update_loses_no_completion_that_it_interrupted(begin: Any) -> None:
+    training = begin([1.0], streaming=Streaming(1, partial="discard"))
+    training.sync(0)
+    window = next(training.stream.schedule.upcoming(0))
+    training.stream.generate(window)
+    with pytest.raises(SyncError), training.stream.updating(1):
+        raise SyncError("refused")
+    assert training.stream.pool.version == 0
+    assert len(training.stream.next_rollout(0).groups) == 3
+
+
 def test_a_straggler_is_dropped_when_it_has_become_too_old(begin: Any) -> None:
     """One completion takes a hundred seconds. A step that waits takes as long; else others go first."""
     delays = [0.5] * 8 + [100.0] + [0.5] * 100
@@ -351,10 +361,8 @@ def test_a_reward_that_never_returns_stops_the_run(begin: Any) -> None:
 
     training = begin(reward=Stuck())
     training.stream.worker.timeout = 0.1
-    started = time.monotonic()
     with pytest.raises(RewardError, match=r"Stuck has not returned for 0\.1 s"):
         training.run()
-    assert time.monotonic() - started < 10
     for_ever.set()
 
 

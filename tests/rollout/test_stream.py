@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
 from dppo_lightning.batch import Group, Prompt
-from dppo_lightning.errors import EngineError, RewardError
+from dppo_lightning.errors import ConfigError, EngineError, RewardError
 from dppo_lightning.policy import load_tokenizer
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
@@ -301,6 +301,52 @@ def test_two_evaluations_of_one_policy_are_equal(make_stream: Any) -> None:
         take(stream)  # at step 0 both times: the script answers by weight version
         texts.append([group.texts for group in stream.sample(PROMPTS, 2, SAMPLING, "heldout")])
     assert texts[0] == texts[1]
+
+
+class Dry(Shuffled):
+    """Runs dry, or gives something else than what was asked for."""
+
+    def __init__(self, gives: Callable[[list[Prompt]], Any]) -> None:
+        super().__init__()
+        self.gives = gives
+
+    def draw(self, count: int) -> list[Prompt]:
+        return self.gives(super().draw(count))
+
+
+def stop(prompts: list[Prompt]) -> list[Prompt]:
+    raise StopIteration
+
+
+@pytest.mark.parametrize(
+    ("gives", "reason"),
+    [
+        (lambda prompts: prompts[:1], r"Dry.draw\(4\) gave 1 prompts: a sampler gives as many as it is asked for"),
+        (lambda prompts: [], r"Dry.draw\(4\) gave 0 prompts"),
+        (lambda prompts: [*prompts, prompts[0]], r"Dry.draw\(4\) gave 5 prompts"),
+        (stop, r"Dry.draw\(4\) gave 0 prompts"),
+        (lambda prompts: None, r"Dry.draw\(4\) must return a list of prompts, got NoneType"),
+        (iter, r"must return a list of prompts, got list_iterator"),
+        (lambda prompts: [prompt.text for prompt in prompts], "must return a list of prompts, got a list with str"),
+        (lambda prompts: [*prompts[:3], None], "must return a list of prompts, got a list with NoneType"),
+    ],
+)
+def test_a_sampler_that_does_not_give_what_it_is_asked_for_is_refused(
+    gives: Callable[[list[Prompt]], Any], reason: str, make_stream: Any
+) -> None:
+    sampler = Dry(gives)
+    sampler.start(PROMPTS, 0)
+    with pytest.raises(ConfigError, match=reason):
+        take(make_stream(sampler=sampler))
+
+
+def test_a_sampler_that_runs_dry_later_is_refused_then(make_stream: Any) -> None:
+    sampler = Dry(lambda prompts: prompts if sampler.drawn <= 8 else prompts[1:])
+    sampler.start(PROMPTS, 0)
+    stream = make_stream(sampler=sampler)
+    assert [len(take(stream, step).groups) for step in range(2)] == [4, 4]
+    with pytest.raises(ConfigError, match=r"Dry.draw\(4\) gave 3 prompts"):
+        take(stream, 2)
 
 
 @settings(deadline=None, max_examples=20)

@@ -20,11 +20,11 @@ from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError, SyncError
 from dppo_lightning.rollout import vllm_fleet
 from dppo_lightning.rollout.engine import EngineSpec, Failed
+from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_extension import RequireKey
 from dppo_lightning.rollout.vllm_http import generate_body, read_completion
 from dppo_lightning.rollout.vllm_launcher import command_line
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
-from dppo_lightning.rollout.vllm_server import free_port
 
 from .engine_case import ask, changed
 from .fake_vllm import KEY, FakeVLLM, expected, logp_of, wait_until
@@ -261,9 +261,10 @@ def test_a_wrong_key_is_refused(fakes: Fakes) -> None:
 
 
 def test_a_server_that_cannot_be_reached_is_named(fakes: Fakes) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(EngineError, match=rf"^vLLM server {url}: .*[Cc]onnect") as caught:
-        fakes.start(urls=[url])
+    with hold_port() as nobody_listens:
+        url = f"http://127.0.0.1:{nobody_listens.getsockname()[1]}"
+        with pytest.raises(EngineError, match=rf"^vLLM server {url}: .*[Cc]onnect") as caught:
+            fakes.start(urls=[url])
     assert "\n" not in str(caught.value)
 
 

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from dppo_lightning.rollout.ports import hold_port
+
 
 class RankPool:
     """Some ranks; ``run`` calls a function of this package on each of them and returns what they return.
@@ -24,6 +26,7 @@ class RankPool:
         self.size = size
         self.processes: list[Any] = []
         self.pipes: list[Any] = []
+        self.held: socket.socket | None = None  # the port at which the ranks meet
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 60.0, **keywords: Any) -> list[Any]:
         """Each rank's ``job(*arguments, **keywords)``."""
@@ -50,9 +53,8 @@ class RankPool:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self.held = hold_port()
+        port = self.held.getsockname()[1]
         for rank in range(self.size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
@@ -72,7 +74,9 @@ class RankPool:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-        self.processes, self.pipes = [], []
+        if self.held is not None:
+            self.held.close()
+        self.processes, self.pipes, self.held = [], [], None
 
 
 def _serve(pipe: Any, rank: int, size: int, port: int) -> None:

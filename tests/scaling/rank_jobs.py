@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from processes import state
 
 from dppo_lightning.errors import ConfigError, DPPOError, EngineError, RankError
 from dppo_lightning.scaling.ranks import Ranks
@@ -52,10 +54,28 @@ def mistake(kind: str) -> tuple[str, str, str]:
     return type(error).__name__, str(error), type(error.__cause__).__name__
 
 
+class Clock:
+    """Goes on by 100 s when the thread that counts asks it and ``moving`` says so, and stands still else.
+
+    So only what another rank does or does not do makes it silent for long, never a machine that is busy.
+    """
+
+    def __init__(self, thread: str, moving: Callable[[], bool]) -> None:
+        self.thread, self.moving, self.now = thread, moving, 0.0
+
+    def __call__(self) -> float:
+        if threading.current_thread().name == self.thread and self.moving():
+            self.now += 100.0
+        return self.now
+
+
 def wait_for(dying: int, how: str) -> None:
-    """One rank stops, or fails; the other waits for it."""
-    with Ranks(silence=2.0) as ranks:
-        ranks.everyone("here")
+    """One rank stops, or fails; the other waits for it, and its clock goes on once the first has stopped."""
+    pids: list[int] = []
+    # On rank 0 the thread that reads the signs of life finds them out; elsewhere that thread waits for rank 0's answer.
+    clock = Clock("heartbeat watch" if dying == 0 else "heartbeat", lambda: bool(pids) and state(pids[dying]) == "T")
+    with Ranks(silence=1000.0, interval=0.02, clock=clock) as ranks:
+        pids += ranks.everyone(os.getpid())
         if ranks.rank != dying:
             ranks.collect("for ever")
             ranks.everyone("for ever")
@@ -65,9 +85,23 @@ def wait_for(dying: int, how: str) -> None:
             raise EngineError("out of\nmemory")
 
 
-def slow_but_alive() -> str:
-    """Longer than the silence that a dead rank is given."""
-    with Ranks(silence=1.0) as ranks:
-        if ranks.rank == 1:
-            time.sleep(2.5)
-        return ranks.from_controller("still here")
+def slow_but_alive() -> tuple[str, float]:
+    """The main threads do nothing for longer than the silence that a dead rank is given, by rank 0's clock.
+
+    That clock goes on with each sign of life of rank 1 alone, which therefore has given them all the time.
+    """
+    beats = [0]
+
+    def heard_another() -> bool:
+        heartbeat = ranks_of.get("ranks") and ranks_of["ranks"]._heartbeat
+        count = heartbeat._counts.get(1, 0) if heartbeat else 0
+        before, beats[0] = beats[0], count
+        return count > before
+
+    ranks_of: dict[str, Ranks] = {}
+    clock = Clock("heartbeat", heard_another)
+    with Ranks(silence=1000.0, interval=0.02, clock=clock) as ranks:
+        ranks_of["ranks"] = ranks
+        while ranks.is_controller and clock.now < 5000.0:
+            time.sleep(0.02)
+        return ranks.from_controller("still here"), clock.now

@@ -17,7 +17,7 @@ from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.streaming import Streaming
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
-from dppo_lightning.trust_region import FullTV, PPOClip
+from dppo_lightning.trust_region import CovarianceClip, FullTV, PPOClip
 from scaling.pool import RankPool
 from scaling.training import strategy_of
 
@@ -87,9 +87,10 @@ def test_completions_rewards_and_weights_do_not_depend_on_the_ranks(
         {"kl": ReferenceKL(0.1, where="reward")},
         {"trust_region": PPOClip(anchor="recomputed")},
         {"trust_region": FullTV(0.15)},
+        {"trust_region": CovarianceClip(0.2)},
         {"lora": LoRA(rank=4), "kl": ReferenceKL(0.1)},
     ],
-    ids=["kl", "kl in the reward", "recomputed anchor", "whole vocabulary", "lora"],
+    ids=["kl", "kl in the reward", "recomputed anchor", "whole vocabulary", "covariance", "lora"],
 )
 def test_passes_without_gradient_are_shared_out(
     module: dict[str, Any], strategy: str, two_ranks: RankPool, tiny_policy_dir: str

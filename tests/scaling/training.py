@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,22 @@ class Recorded(pl.LightningDataModule):
     sampling = Sampling()
     steps_per_rollout = 1
     seed = 0
+    longest = None
 
     def __init__(self, steps: list[list[Sequence]]) -> None:
         super().__init__()
         self.steps = steps
         self.plan: StepPlan | None = None
         self.timeline = Timeline()
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def agree(self, value: Any, what: str) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
 
     def pump(self) -> None:
         pass
@@ -132,11 +143,19 @@ def train(
     save: Path | None = None,
     beta: float = 0.0,
     clip: float | None = None,
+    precision: str = "32-true",
+    gradient_checkpointing: bool = False,
     probe: Any = None,
 ) -> Trained:
     """Train, and return what came of it on this rank."""
     world = 1 if strategy == "one" else torch.distributed.get_world_size()
-    module = EngineLess(policy_dir, BinaryTV(0.002), optimizer=optimizer_of(optimizer), kl=ReferenceKL(beta))
+    module = EngineLess(
+        policy_dir,
+        BinaryTV(0.002),
+        optimizer=optimizer_of(optimizer),
+        kl=ReferenceKL(beta),
+        gradient_checkpointing=gradient_checkpointing,
+    )
     metrics = Memory()
     trainer = pl.Trainer(
         **QUIET
@@ -147,6 +166,7 @@ def train(
             "max_steps": max_steps,
             "accumulate_grad_batches": accumulate,
             "gradient_clip_val": clip,
+            "precision": precision,
             "use_distributed_sampler": False,
         }
     )

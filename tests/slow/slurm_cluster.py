@@ -129,29 +129,29 @@ def cluster(nodes: int, cpus: int) -> Iterator[Path]:
         ClusterError: A daemon did not start.
     """
     adopt_orphans()
-    with tempfile.TemporaryDirectory(prefix="dppo-slurm-", ignore_cleanup_errors=True) as name:
+    temporary = tempfile.TemporaryDirectory(prefix="dppo-slurm-", ignore_cleanup_errors=True)
+    with temporary as name, held_ports(nodes + 1) as ports:
         folder = Path(name)
         folder.chmod(0o755)
         daemons: list[subprocess.Popen[bytes]] = []
         try:
-            conf = write_conf(folder, nodes, cpus)
+            conf = write_conf(folder, ports, cpus)
             start(folder, conf, nodes, daemons)
             yield conf
         finally:
             stop(folder, daemons)
 
 
-def write_conf(folder: Path, nodes: int, cpus: int) -> Path:
-    """slurm.conf with free ports of this moment, and the secret that the daemons share."""
+def write_conf(folder: Path, ports: list[int], cpus: int) -> Path:
+    """slurm.conf with a port for each node and one for the controller, and the secret that the daemons share."""
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
     (folder / "state").mkdir()
-    ports = free_ports(nodes + 1)
     host = socket.gethostname().split(".")[0]
     lines = [
         f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i]} CPUs={cpus} State=UNKNOWN"
-        for i in range(nodes)
+        for i in range(len(ports) - 1)
     ]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     conf = folder / "slurm.conf"
@@ -249,13 +249,15 @@ def children() -> list[int]:
     return found
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on now, all different."""
+@contextlib.contextmanager
+def held_ports(count: int) -> Iterator[list[int]]:
+    """Free ports, which nobody else is given meanwhile; SLURM sets SO_REUSEADDR and can bind them beside us."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("", 0))
+        yield [each.getsockname()[1] for each in sockets]
 
 
 if __name__ == "__main__":

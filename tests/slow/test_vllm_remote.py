@@ -11,15 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
+from processes import session_of, wait_until
 from rollout.engine_case import LONGS, Case, ask, changed, error, weights
 from small_runs import fit
 from transformers import AutoModelForCausalLM
@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError, SyncError
 from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
+from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
-from dppo_lightning.rollout.vllm_server import free_port
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -52,7 +52,7 @@ def two(tiny_model_dir: str) -> Iterator[Case]:
 def both_work(case: Case) -> None:
     """Completions of the two servers are those of the current weights."""
     case.engine.submit(LONGS)
-    wait_until(lambda: all(server.jobs for server in case.engine._fleet.servers), 5)
+    wait_until(lambda: all(server.jobs for server in case.engine._fleet.servers))
     for completion in case.wait(len(LONGS)).values():
         assert (completion.versions == case.engine.health().version).all()
         assert error(case.model, completion) < TOLERANCE
@@ -61,26 +61,6 @@ def both_work(case: Case) -> None:
 def poll_for_ever(engine: VLLMRemote) -> NoReturn:
     while True:
         engine.poll(timeout=20)
-
-
-def wait_until(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def session_of(pid: int) -> list[int]:
-    """Running processes of the session that ``pid`` leads."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(session) == pid and state != "Z":
-            found.append(int(folder.name))
-    return found
 
 
 def semaphores_of(session: int) -> list[Path]:
@@ -142,9 +122,7 @@ def test_when_restarts_are_used_up_the_error_names_every_server(two: Case) -> No
     assert not two.engine.health().alive
     with pytest.raises(EngineError, match="no vLLM server is left"):
         two.engine.submit([ask()])
-    began = time.perf_counter()
     two.engine.close()
-    assert time.perf_counter() - began < 5
     assert [session_of(pid) for pid in pids] == [[], []]
     assert not any(path.exists() for path in semaphores)
 
@@ -157,7 +135,8 @@ def documented(tiny_policy_dir: str, tmp_path_factory: pytest.TempPathFactory) -
     (cpu,) = re.findall(r"On a CPU add `(.*?)`", page, re.DOTALL)
     export, command = block.replace("\\\n", " ").strip().splitlines()
     environment = dict(setting.split("=", 1) for setting in export.split()[1:]) | {"VLLM_API_KEY": "secret"}
-    port = free_port()
+    holder = hold_port()
+    port = holder.getsockname()[1]
     places = {"MODEL": tiny_policy_dir, "0.0.0.0": "127.0.0.1", "8000": str(port), "python": sys.executable}
     words = [places.get(word, word) for word in shlex.split(f"{command} {cpu}")]
     folder = tmp_path_factory.mktemp("server")
@@ -167,6 +146,7 @@ def documented(tiny_policy_dir: str, tmp_path_factory: pytest.TempPathFactory) -
             words, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
         )
     yield f"http://127.0.0.1:{port}"
+    holder.close()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -225,6 +205,7 @@ def test_servers_end_with_a_killed_trainer(tiny_model_dir: str) -> None:
     program = f"""
 import os, signal, time
 from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
+from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
 engine = VLLMRemote(kv_cache_gib=0.25, threads=1)
 engine.start(EngineSpec({tiny_model_dir!r}, max_model_len=512))
@@ -240,7 +221,7 @@ time.sleep(60)
             assert semaphores
             trainer.kill()
             trainer.wait()
-            wait_until(lambda: session_of(pid) == [], 5)
+            wait_until(lambda: session_of(pid) == [])
         assert os.listdir(folder) == []
     assert not any(path.exists() for path in semaphores)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dppo_lightning.trust_region import (
@@ -51,7 +51,11 @@ class Case:
     name: str = field(default="")
 
     def stats(self, tokens: list[Token], **kwargs) -> TokenStats:
-        return stats(tokens, k=self.region.k or 5, full="full" in self.region.needs, **kwargs)
+        return self.choosing(stats(tokens, k=self.region.k or 5, full="full" in self.region.needs, **kwargs))
+
+    def choosing(self, step: TokenStats) -> TokenStats:
+        """The same with what the region chooses, when these are all tokens of a step."""
+        return replace(step, chosen=self.region.choose(step)) if "chosen" in self.region.needs else step
 
     def __str__(self) -> str:
         return self.name or type(self.region).__name__
@@ -160,6 +164,18 @@ VARIANTS = [
         Combined([TruncatedIS(1.5), PPOClip(anchor=RECOMPUTED), VACO(0.1)]),
         partial(ref.combined, members=[partial(ref.ppo, anchor=RECOMPUTED), partial(ref.vaco, delta=0.1)], cap=1.5),
         "Combined-three",
+    ),
+    Case(
+        Combined([CovarianceClip(0.1), Combined([BinaryTV(), CovarianceClip(0.2)]), VACO(0.1)]),
+        partial(
+            ref.combined,
+            members=[
+                partial(ref.covariance_clip, fraction=0.2),
+                partial(ref.dppo, divergence=ref.binary_tv, delta=0.15),
+                partial(ref.vaco, delta=0.1),
+            ],
+        ),
+        "Combined-choosing",
     ),
 ]
 

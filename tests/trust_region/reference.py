@@ -120,6 +120,11 @@ def binary_kl(token: Token, anchor: str = "rollout") -> float:
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
+def binary_chi2(token: Token) -> float:
+    p, q = token.mu[token.sampled], token.pi[token.sampled]
+    return (p - q) ** 2 / p + (p - q) ** 2 / (1 - p)
+
+
 def partition(token: Token, k: int | None, sampled_token: str) -> list[tuple[float, float]]:
     """(mu, pi) of S and the rest; ``k`` None is the whole vocabulary."""
     if k is None:

@@ -171,7 +171,7 @@ def test_numbers_that_are_not_finite_are_named_and_counted(case, name, value):
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_a_missing_statistic_is_named(case):
     tokens = case.stats(random_batch(0), requires_grad=False)
-    needed = set(case.region.needs & {"recomputed_logp", "entropy"})
+    needed = set(case.region.needs & {"recomputed_logp", "entropy", "chosen"})
     needed |= {"topk_logp", "rollout_topk_logp"} if case.region.needs & {"topk", "full"} else set()
     needed |= {"sequence", "position"} if case.region.scope == "sequence" else set()
     for name in needed:
@@ -182,6 +182,7 @@ def test_a_missing_statistic_is_named(case):
 @pytest.mark.parametrize("anchored", [PPOClip, DualClip, CISPO, BinaryTV, BinaryKL, SAPO, GSPO, CovarianceKL])
 def test_the_recomputed_anchor_never_falls_back_to_the_rollout(anchored):
     tokens = replace(stats(random_batch(0)), recomputed_logp=None)
+    tokens = replace(tokens, chosen=torch.zeros(len(tokens.logp), dtype=torch.bool))
     anchored()(tokens)
     with pytest.raises(TokenStatsError, match="recomputed_logp"):
         anchored(anchor="recomputed")(tokens)
@@ -261,8 +262,9 @@ class Asking(DivergenceMask):
         (Asking({"topk"}), "set k"),
         (Asking({"topk", "full"}, k=5), "one table"),
         (Asking({"full"}, scope="sequence"), "scope must be"),
+        (Asking({"chosen"}), "write its method choose"),
     ],
-    ids=["unknown", "no-k", "both-tables", "full-over-sequences"],
+    ids=["unknown", "no-k", "both-tables", "full-over-sequences", "chooses-nothing"],
 )
 def test_a_plug_in_that_asks_for_what_cannot_be_given_is_refused_when_the_module_is_built(region, named):
     with pytest.raises(ConfigError, match=named) as refusal:

@@ -88,7 +88,7 @@ def test_zero_advantage_gives_zero_gradient(case):
     stats = case.stats(batch(case, 6))
     gradient, _ = gradient_and_keep(case.region, stats)
     assert torch.equal(gradient[stats.advantage == 0], torch.zeros(int((stats.advantage == 0).sum())).double())
-    none = replace(indexed(stats, slice(None)), advantage=torch.zeros_like(stats.advantage))
+    none = case.choosing(replace(indexed(stats, slice(None)), advantage=torch.zeros_like(stats.advantage)))
     assert not gradient_and_keep(case.region, none)[0].any()
 
 
@@ -158,7 +158,7 @@ def test_certain_tokens_are_finite_and_have_not_moved(case):
         sequence=torch.tensor([0, 0, 1]),
         position=torch.tensor([0, 1, 0]),
     )
-    surrogate = case.region(stats)
+    surrogate = case.region(case.choosing(stats))
     surrogate.loss.sum().backward()
     assert torch.isfinite(surrogate.loss).all()
     assert torch.isfinite(stats.logp.grad).all()
@@ -239,7 +239,7 @@ def test_surrogate_has_one_value_for_each_token(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_only_what_is_declared_is_read(case):
     stats = case.stats(random_batch(14), dtype=torch.float32)
-    reads = {"logp", "rollout_logp", "advantage"} | (case.region.needs & {"recomputed_logp", "entropy"})
+    reads = {"logp", "rollout_logp", "advantage"} | (case.region.needs & {"recomputed_logp", "entropy", "chosen"})
     reads |= {"topk_logp", "rollout_topk_logp"} if case.region.needs & {"topk", "full"} else set()
     reads |= {"sequence", "position"} if case.region.scope == "sequence" else set()
     bare = replace(stats, **{field.name: None for field in fields(stats) if field.name not in reads})
@@ -284,7 +284,8 @@ def test_weight_is_what_combining_multiplies(case):
     """Combined with a region that does nothing is the region itself, up to the ratio, which is pi / mu."""
     stats = case.stats(random_batch(15))
     alone = case.region(stats)
-    together = Combined([case.region, NoTrustRegion()])(stats)
+    both = Combined([case.region, NoTrustRegion()])
+    together = both(replace(stats, chosen=both.choose(stats)) if "chosen" in both.needs else stats)
     ratio = (stats.logp - stats.rollout_logp).exp().detach()
     expected = torch.where(alone.keep, -stats.advantage * ratio * alone.weight, 0.0)
     torch.testing.assert_close(together.loss.detach(), expected)

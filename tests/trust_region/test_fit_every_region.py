@@ -109,6 +109,7 @@ def test_every_region_trains_by_configuration_and_the_start_table_names_it(
         assert [row["train/staleness"] for row in logged] == [0, 1, 0], name
         recomputes = bool(case.region.needs & {"recomputed_logp", "full"})
         assert (logged[0]["time/annotate"] > 1e-3) == recomputes, name
+        assert ["time/choose" in row for row in logged] == ["chosen" in case.region.needs] * 3, name
         audit = [json.loads(line) for line in (run / "mask_audit.jsonl").read_text().splitlines()]
         assert [line["step"] for line in audit] == [0, 1, 2]
         for line, row in zip(audit, logged, strict=True):

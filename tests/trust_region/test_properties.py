@@ -35,6 +35,7 @@ from dppo_lightning.trust_region import (
     TrustRegion,
 )
 
+from . import reference as ref
 from .batches import Token, softmax, stats
 
 QUICK = settings(max_examples=100, deadline=None)
@@ -197,31 +198,45 @@ def test_an_infinite_threshold_is_no_trust_region(batch):
 
 @QUICK
 @given(tokens(), st.floats(0.001, 0.6))
-def test_bandpo_equals_the_binary_masks(batch, delta):
-    """A bound on the ratio at given mu is a bound on the binary divergence."""
+def test_bandpo_is_the_binary_mask_of_its_divergence(batch, delta):
     for divergence, twin in (("tv", BinaryTV(delta)), ("kl", BinaryKL(delta))):
-        surrogate, _ = run(twin, batch)
-        assume(((surrogate.divergence - delta).abs() > 1e-9).all())
-        assert torch.equal(run(BandPO(delta, divergence), batch)[0].keep, surrogate.keep)
+        band, gradient = run(BandPO(delta, divergence), batch)
+        surrogate, twin_gradient = run(twin, batch)
+        for name in ("loss", "keep", "divergence", "weight"):
+            assert torch.equal(getattr(band, name), getattr(surrogate, name)), name
+        assert torch.equal(gradient, twin_gradient)
 
 
-@QUICK
-@given(st.floats(1e-9, 1 - 1e-6), st.floats(0.001, 0.6))
-def test_bandpo_bounds_lie_on_the_boundary(mu, delta):
-    rollout_logp = torch.tensor([math.log(mu)], dtype=torch.float64)
-    for divergence in ("tv", "chi2", "kl"):
-        low, high = (bound.item() for bound in BandPO(delta, divergence).band(rollout_logp))
-        assert 0 <= low <= 1 <= high <= 1 / mu * (1 + 1e-6)
-        for ratio in (low, high):
-            q = mu * ratio
-            if not 1e-9 < q < 1 - 1e-9:
-                continue
-            value = {
-                "tv": abs(mu - q),
-                "chi2": (mu - q) ** 2 / (mu * (1 - mu)),
-                "kl": mu * math.log(mu / q) + (1 - mu) * math.log((1 - mu) / (1 - q)),
-            }[divergence]
-            assert value == pytest.approx(delta, rel=1e-5)
+NEAR_EDGES = st.one_of(
+    st.floats(-27, 0),  # of log p, down to 1e-12
+    st.floats(-27, -1e-6).map(lambda x: math.log1p(-math.exp(x))),  # up to 1 - 1e-12
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    NEAR_EDGES,
+    NEAR_EDGES,
+    st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0]),
+    st.floats(1e-3, 3),
+    st.sampled_from(["tv", "kl", "chi2"]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_bandpo_stops_outside_the_band_whose_bounds_a_bisection_finds(
+    log_mu, log_pi, advantage, delta, divergence, dtype
+):
+    logs = torch.tensor([[log_mu], [log_pi]], dtype=dtype).clamp(max=-(2.0**-24))
+    mu, pi = logs.double().exp().flatten().tolist()
+    low, high = ref.band(mu, delta, divergence)
+    assume(all(abs(pi - mu * bound) > 1e-5 * min(pi, 1 - pi) for bound in (low, high)))  # not on the edge itself
+    tokens = TokenStats(logs[1].clone().requires_grad_(), logs[0], torch.tensor([advantage], dtype=dtype))
+    surrogate = BandPO(delta, divergence)(tokens)
+    surrogate.loss.sum().backward()
+    stopped = (advantage > 0 and pi > mu * high) or (advantage < 0 and pi < mu * low)
+    assert surrogate.keep.item() != stopped
+    expected = 0.0 if stopped else -advantage * pi / mu
+    assert tokens.logp.grad.item() == pytest.approx(expected, rel=1e-4)
+    assert surrogate.loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @QUICK

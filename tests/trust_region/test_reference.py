@@ -67,6 +67,9 @@ DIVERGENCES = {
     "FullTV": lambda token: reference.partition_tv(token, None),
     "FullKL": lambda token: reference.partition_kl(token, None),
     "DRPO": reference.binary_tv,
+    "BandPO": reference.binary_kl,
+    "BandPO-tv": reference.binary_tv,
+    "BandPO-chi2": reference.binary_chi2,
     "BinaryTV-recomputed": lambda token: reference.binary_tv(token, "recomputed"),
 }
 

@@ -12,6 +12,7 @@ from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.head import HeadOutput, PolicyHead
 from dppo_lightning.logits import LogitTransform
 from dppo_lightning.objective import Objective, ReferenceKL
+from dppo_lightning.step_choice import choose_over_step, statistics
 from dppo_lightning.trust_region import BinaryTV, FullTV, TokenStats, TokenStatsError, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
 
@@ -64,6 +65,10 @@ def scene(region: TrustRegion, seed: int = 0) -> Scene:
         recomputed_logp=rollout_logp.squeeze(1) + 0.3 * torch.randn(TOKENS, generator=g).clamp(max=0),
         rollout_hidden=rollout_hidden,
     )
+    if "chosen" in region.needs:
+        logp = (hidden @ weight.t()).log_softmax(dim=-1).gather(1, sampled).squeeze(1)
+        (chosen,) = choose_over_step(region, [statistics(batch, logp)])
+        batch = replace(batch, chosen=chosen)
     return Scene(batch, hidden, weight, rollout_weight, table)
 
 
@@ -100,6 +105,7 @@ def by_full_logits(case: Case, given: Scene) -> tuple[Tensor, Tensor, Tensor]:
         rollout_topk_logp=given.rollout_table if full else batch.rollout_topk_logp,
         sequence=batch.sequence,
         position=batch.position,
+        chosen=batch.chosen,
     )
     loss = (batch.weight * case.region(tokens).loss).sum()
     loss.backward()
@@ -150,7 +156,7 @@ def test_an_empty_micro_batch_asks_nothing_of_the_region(case: Case) -> None:
     """Packing no sequence gives no optional statistic either."""
     given = scene(case.region)
     columns = ("targets", "rollout_logp", "advantage", "weight", "sequence", "position", "version", "predict_index")
-    optional = ("topk_ids", "rollout_topk_logp", "recomputed_logp", "rollout_hidden")
+    optional = ("topk_ids", "rollout_topk_logp", "recomputed_logp", "rollout_hidden", "chosen")
     nothing = {name: getattr(given.batch, name)[:0] for name in columns} | dict.fromkeys(optional)
     empty = replace(given, batch=replace(given.batch, **nothing), hidden=given.hidden[:0])
     output, hidden_grad, weight_grad = through_head(case, empty, None, diagnostics=True)
