@@ -66,7 +66,7 @@ def _tests_in(tree: Path, tests: tuple[str, ...]) -> None:
     os.setsid()
     os.chdir(tree)
     sys.path[0] = str(tree)  # in place of this file's folder, which has the tests without a fault
-    sys.modules.pop("mutants")
+    sys.modules.pop("mutants", None)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -50,7 +50,7 @@ PACKED = {
 }
 IN_ROWS = {
     "sliding window": MistralConfig(**SIZES, sliding_window=16),
-    "softcap": Gemma2Config(**SIZES),
+    "softcap": Gemma2Config(**SIZES, layer_types=["full_attention"] * 2, sliding_window=None),
     "sinks": GptOssConfig(**SIZES, num_local_experts=2, layer_types=["full_attention"] * 2, sliding_window=None),
     "recurrent": MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
