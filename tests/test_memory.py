@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_bytes_of_a_parameter(shape: ModelShape, plan: Plan, weights: float, gra
     assert parts["weights"] + parts.get("weights in 16 bits", 0) == pytest.approx(weights)
     assert parts["gradients"] == pytest.approx(gradients)
     assert parts["optimizer state"] == pytest.approx(state)
+
+
+@pytest.mark.parametrize("piece", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_the_table_of_the_docs_is_what_the_doctor_counts(piece: str, shape: ModelShape) -> None:
+    """Bytes of a parameter on one of N ranks, in float32."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (formula,) = re.findall(rf"^\| `{piece}\.yaml` \| ([\d +/N]+)", page, re.MULTILINE)
+    plan = plan_of(recipe("--config", str(ROOT / "configs" / "scaling" / f"{piece}.yaml")), shape, 4)
+    parts = {part.name: part.bytes / shape.parameters for part in model_states(shape, plan)}
+    counted = parts["weights"] + parts["gradients"] + parts["optimizer state"]
+    assert counted == pytest.approx(eval(formula, {"N": 4}))
 
 
 def test_zero_gives_the_numbers_of_its_paper_and_two_bytes_more_for_the_sum_of_gradients() -> None:

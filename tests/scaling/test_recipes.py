@@ -149,6 +149,20 @@ def test_the_doctor_says_that_a_recipe_fits_the_hardware_of_its_header(
     assert fits, lines
 
 
+def test_the_example_of_the_docs_is_what_the_doctor_prints(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    (command,) = re.findall(r"dppo doctor (--config .*)", page)
+    chosen = doctor_parser().parse_args(underscored(shlex.split(command)))
+    SHAPES["models/smollm2"].save_pretrained(tmp_path)
+    arguments = ["fit", "--config", str(ROOT / chosen.config[0]), "--model.policy", str(tmp_path)]
+    recipe = RecipeReader(arguments).config.fit.as_dict()
+    table, lines, _ = report(recipe, chosen.gpus, chosen.gpu_memory_gib * GIB)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    assert rows == [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+    assert shown.splitlines()[2 + len(rows) :] == lines
+
+
 SHAPES = {
     "models/tiny": LlamaConfig(
         vocab_size=258, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2,
