@@ -207,12 +207,7 @@ class RolloutDataModule(pl.LightningDataModule):
             self.sampling.check_training()
             self.module.advantage.check(self.samples_per_prompt)
             self._check_staleness()
-            completions = self.prompts_per_step * self.samples_per_prompt
-            if completions < trainer.world_size:
-                raise ConfigError(
-                    f"{trainer.world_size} ranks share {completions} completions a step: raise data.prompts_per_step "
-                    "or data.samples_per_prompt, or use fewer ranks"
-                )
+            self._check_micro_batches(trainer.world_size, trainer.accumulate_grad_batches)
         self.spec = self.load_prompts(self.module.policy_name)
 
     @property
@@ -226,6 +221,20 @@ class RolloutDataModule(pl.LightningDataModule):
         with self.together():
             if self.ranks.is_controller and self.stream is None:
                 self._start()
+
+    def _check_micro_batches(self, ranks: int, each: int) -> None:
+        """An empty micro-batch costs a pass of every rank, and some would be empty in every step."""
+        completions = self.prompts_per_step * self.samples_per_prompt
+        if completions < ranks:
+            raise ConfigError(
+                f"{ranks} ranks share {completions} completions a step: raise data.prompts_per_step "
+                "or data.samples_per_prompt, or use fewer ranks"
+            )
+        if completions < ranks * each:
+            raise ConfigError(
+                f"{ranks} rank(s) with trainer.accumulate_grad_batches={each} make {ranks * each} micro-batches of "
+                f"{completions} completions a step, so some are always empty: set it to {completions // ranks} or less"
+            )
 
     def _check_staleness(self) -> None:
         """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
