@@ -21,6 +21,7 @@ from dppo_lightning.policy import context_length, load_tokenizer
 from dppo_lightning.prompts import PromptSource, encode
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards import RewardFunction
+from dppo_lightning.rewards.checking import UnreadableAnswers, scorable
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.fingerprint import fingerprint
 from dppo_lightning.rollout.flight import NO_SIGNAL
@@ -84,6 +85,8 @@ class RolloutDataModule(pl.LightningDataModule):
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
         solved_at: A completion counts as solved when its reward is at least this.
         reward_timeout: Seconds that one call of the reward may take before the run is stopped, > 0.
+        unreadable_answers: Prompts that the reward cannot score, for want of an answer say: "refuse" any before the
+            engine starts, or "drop" and count them.
         seed: Of prompt order and of every request.
 
     Raises:
@@ -112,6 +115,7 @@ class RolloutDataModule(pl.LightningDataModule):
         heldout_samples: int = 1,
         solved_at: float = 1.0,
         reward_timeout: float = 600.0,
+        unreadable_answers: UnreadableAnswers = "refuse",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -145,6 +149,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.heldout_samples = heldout_samples
         self.solved_at = solved_at
         self.reward_timeout = reward_timeout
+        self.unreadable_answers: UnreadableAnswers = unreadable_answers
         self.seed = seed
         self.timeline = Timeline()
         self.ranks: Ranks | None = None
@@ -153,6 +158,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
+        self.left_out = 0  # prompts that the reward cannot score
         self.stops: dict[int, str] = {}  # ids that end a completion, each with who names it
 
     @property
@@ -192,8 +198,18 @@ class RolloutDataModule(pl.LightningDataModule):
                     "or data.samples_per_prompt, or use fewer ranks"
                 )
         spec = self.load_prompts(self.module.policy_name)
+        self._check_answers(stage)
         if trainer.is_global_zero:
             self._start(spec)
+
+    def _check_answers(self, stage: str) -> None:
+        """Leave out, or refuse, the prompts that are asked and cannot be scored."""
+        before = len(self.train_prompts) + len(self.heldout_prompts)
+        if stage == "fit" or (stage == "predict" and self.predict_split == "train"):
+            self.train_prompts = scorable(self.train_prompts, self.reward, self.unreadable_answers, "train")
+        if not (stage == "predict" and self.predict_split == "train"):
+            self.heldout_prompts = scorable(self.heldout_prompts, self.reward, self.unreadable_answers, "heldout")
+        self.left_out = before - len(self.train_prompts) - len(self.heldout_prompts)
 
     def _start(self, spec: EngineSpec) -> None:
         """On rank 0: the engine and the stream."""
