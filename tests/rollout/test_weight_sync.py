@@ -268,7 +268,9 @@ def test_a_refused_update_leaves_the_engine_generating(tiny_model_dir: str) -> N
     engine.start(EngineSpec(tiny_model_dir))
     sync = make_sync(engine, minus_one)
     arrived: list[str] = []
-    sync.probe.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda r: arrived.append(r.request_id))
+    sync.probe.inbox.submit(
+        [Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda r: arrived.append(r.request_id)
+    )
     with pytest.raises(SyncError, match="missing: "):
         sync.push([], version=1)
     sync.probe.inbox.collect(timeout=5.0)
