@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dppo_lightning import attention
 from dppo_lightning.batch import Completion, Prompt, Sequence, pack
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import Policy
+from dppo_lightning.policy import Policy, load_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- benchmarks/models.py writes from here -->\n", "<!-- to here -->"
@@ -243,17 +244,33 @@ def page(rows: list[Row], left: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cost(folder: str) -> float:
+    """Processor seconds that the check adds to loading a model: the median of three."""
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        load_model(folder)
+        loaded = time.process_time()
+        Policy(folder)  # loads, too
+        seconds.append((time.process_time() - loaded) - (loaded - started))
+    return sorted(seconds)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="Architectures; all of transformers' causal LMs if not given.")
     parser.add_argument("--write", action="store_true", help=f"Write the table to {PAGE.parent.name}/{PAGE.name}.")
     parser.add_argument("--out", help="Write the table to this file.")
+    parser.add_argument("--cost", metavar="FOLDER", help="Only time the check of this model.")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    if args.cost:
+        print(json.dumps({"model": args.cost, "check_cpu_seconds": round(cost(args.cost), 2)}))
+        return
     rows, left = sweep(args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     if args.out:
         Path(args.out).write_text(page(rows, left))

@@ -53,10 +53,6 @@ _BETWEEN = (
 )
 
 
-class ModelError(ConfigError):
-    """A model cannot be trained here."""
-
-
 @dataclass(frozen=True)
 class Told:
     """What the model itself says of two sequences that begin alike.
@@ -98,12 +94,12 @@ class Told:
         """From the products to the logits.
 
         Raises:
-            ModelError: They are not scaled, capped or both.
+            ConfigError: They are not scaled, capped or both.
         """
         config = self.model.config.get_text_config()
         found = LogitTransform.of_model(config, torch.cat(self.products), torch.cat(self.logits), temperature)
         if found is None:
-            raise ModelError(f"{_it(self.model)} {_BETWEEN}")
+            raise ConfigError(f"{_it(self.model)} {_BETWEEN}")
         return found
 
 
@@ -111,7 +107,7 @@ def backbone_name(model: PreTrainedModel) -> str:
     """Name of the part of a causal LM that makes hidden states of ids.
 
     Raises:
-        ModelError: There is none apart from the whole, or no output projection.
+        ConfigError: There is none apart from the whole, or no output projection.
     """
     inner = model.base_model
     if inner is model:  # of Llama 4's text model: the prefix names an attribute that it does not have
@@ -120,7 +116,7 @@ def backbone_name(model: PreTrainedModel) -> str:
         inner = model.model
     projection = model.get_output_embeddings()
     if inner is model or not isinstance(getattr(projection, "weight", None), Tensor):
-        raise ModelError(f"{_it(model)} has no hidden states and output projection that can be taken apart")
+        raise ConfigError(f"{_it(model)} has no hidden states and output projection that can be taken apart")
     return next(name for name, module in model.named_modules() if module is inner)
 
 
@@ -170,7 +166,7 @@ def ask(model: PreTrainedModel, seed: int = 0) -> Told:
     """Run the model itself on two sequences; within ``as_loaded``.
 
     Raises:
-        ModelError: It cannot be run on ids alone, or what it says of a token depends on what comes after it.
+        ConfigError: It cannot be run on ids alone, or what it says of a token depends on what comes after it.
     """
     sequences = _draw(model, seed)
     backbone, projection = model.get_submodule(backbone_name(model)), model.get_output_embeddings()
@@ -184,12 +180,12 @@ def ask(model: PreTrainedModel, seed: int = 0) -> Told:
                     backbone(input_ids=ids, use_cache=False)
                 hidden = states.pop().last_hidden_state.to(projection.weight.dtype)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise ModelError(f"{_it(model)} cannot be run on token ids alone: {_line(error)}") from error
+                raise ConfigError(f"{_it(model)} cannot be run on token ids alone: {_line(error)}") from error
             if hidden.shape[-1] != projection.weight.shape[1]:
-                raise ModelError(f"{_it(model)} {_BETWEEN}")
+                raise ConfigError(f"{_it(model)} {_BETWEEN}")
             product = functional.linear(hidden, projection.weight, getattr(projection, "bias", None))
             if product.shape != answer.shape:
-                raise ModelError(
+                raise ConfigError(
                     f"{_it(model)} gives logits of {tuple(answer.shape)} for an output projection of "
                     f"{tuple(product.shape)}"
                 )
@@ -197,7 +193,7 @@ def ask(model: PreTrainedModel, seed: int = 0) -> Told:
             products.append(product[0])
     told = Told(model, sequences, logits, products)
     if not told.rounding <= 10 * TOLERANCE[told.logits[0].dtype]:
-        raise ModelError(f"{_it(model)} is not causal: a token's log-probs depend on which or how many come after it")
+        raise ConfigError(f"{_it(model)} is not causal: a token's log-probs depend on which or how many come after it")
     return told
 
 
@@ -213,7 +209,7 @@ def check(policy: Policy, told: Told, shared_prompts: bool) -> tuple[Layout, str
         The layout, and why it is not "packed" if it is not.
 
     Raises:
-        ModelError: No way of computing gives the model's own log-probs.
+        ConfigError: No way of computing gives the model's own log-probs.
     """
     model = policy.model
     loaded = model.config._attn_implementation
@@ -225,7 +221,7 @@ def check(policy: Policy, told: Told, shared_prompts: bool) -> tuple[Layout, str
         if error is None:
             break
     if error is not None:
-        raise ModelError(f"{_it(model)} {error}")
+        raise ConfigError(f"{_it(model)} {error}")
     if not shared_prompts:
         return "rows", "shared_prompts is off"
     if not attention.supports_segments(model):

@@ -179,18 +179,16 @@ class DPPOModule(pl.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Load and check the policy, and the reference when KL asks for one; then the engine may start.
+        """Load and check the policy, and the reference when KL asks for one; the data module does it, in ``setup``.
 
         Raises:
             ConfigError: A model cannot be used, on a single rank; on several each ends with the same RankError.
         """
-        data = self.data
-        if self.policy is None:
-            with data.together():
-                self._load()
-            assert self.policy is not None
-            data.agree(self.policy.layout, "layout of micro-batches")
-        data.start()
+        if self.policy is not None:
+            return
+        with self.data.together():
+            self._load()
+        self.data.agree(self.layout, "layout of micro-batches")
 
     def _load(self) -> None:
         settings: dict[str, Any] = {

@@ -172,7 +172,7 @@ class RolloutDataModule(pl.LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
 
     def setup(self, stage: str) -> None:
-        """Load prompts. The engine starts when the policy has been loaded: what can be wrong without it comes first."""
+        """Load prompts, then the policy, then start the engine: what can be wrong without it is found before."""
         if self.ranks is not None:
             return
         self.ranks, self.timeline = Ranks(), Timeline()
@@ -181,6 +181,16 @@ class RolloutDataModule(pl.LightningDataModule):
             self.ranks.agree(fingerprint(self.module, self), "configuration")
         with self.together():
             self._set_up(stage)
+        self._load_policy()
+        with self.together():
+            if self.ranks.is_controller:
+                self._start()
+
+    def _load_policy(self) -> None:
+        """Where Lightning would do it next, as Lightning does it; an engine must not start within these contexts."""
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin  # type: ignore[union-attr]
+        with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
+            self.module.configure_model()
 
     @contextmanager
     def together(self) -> Generator[None, None, None]:
@@ -221,13 +231,6 @@ class RolloutDataModule(pl.LightningDataModule):
     def longest(self) -> int:
         """Length of the longest sequence of the run, in tokens."""
         return self.spec.max_model_len
-
-    def start(self) -> None:
-        """Start the engine and the stream, on rank 0, once the policy has been found to be one that can be trained."""
-        assert self.ranks is not None
-        with self.together():
-            if self.ranks.is_controller and self.stream is None:
-                self._start()
 
     def _check_micro_batches(self, ranks: int, each: int) -> None:
         """An empty micro-batch costs a pass of every rank, and some would be empty in every step."""
@@ -274,6 +277,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.left_out = before - len(self.train_prompts) - len(self.heldout_prompts)
 
     def _start(self) -> None:
+        """On rank 0: the engine and the stream."""
         self.engine.start(self.spec)
         self.sampler.start(self.train_prompts, self.seed)
         self.stream = RolloutStream(

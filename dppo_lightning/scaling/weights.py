@@ -112,11 +112,14 @@ def whole_as_it_runs(model: Any) -> Generator[None, None, None]:
 
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    within = {id(module) for layer in layers for module in layer.modules()}
+    others = [module for module in model.modules() if id(module) not in within]
+    outside = {id(parameter): parameter for module in others for parameter in module.parameters(recurse=False)}
     running: list[Any] = []
 
     def gather(layer: Any, *_: Any) -> None:
-        running.append(deepspeed.zero.GatheredParameters(list(layer.parameters())))
+        mine = [parameter for parameter in layer.parameters() if id(parameter) not in outside]
+        running.append(deepspeed.zero.GatheredParameters(mine))
         running[-1].__enter__()
 
     def release(*_: Any) -> None:
@@ -125,7 +128,7 @@ def whole_as_it_runs(model: Any) -> Generator[None, None, None]:
     handles = [layer.register_forward_pre_hook(gather) for layer in layers]
     handles += [layer.register_forward_hook(release) for layer in layers]
     try:
-        with _zero_gathered([parameter for parameter in model.parameters() if id(parameter) not in inside]):
+        with _zero_gathered(list(outside.values())):
             yield
     finally:
         for handle in handles:

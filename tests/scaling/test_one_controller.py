@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_character_tokenizer
 from small_runs import Letters, ShareOf, fit, sgd
+from transformers import BertConfig, BertLMHeadModel
 
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.errors import ConfigError, DPPOError
@@ -125,11 +128,13 @@ class Moody(ShareOf):
         return super().score(samples)
 
 
-def message(policy: str, data: Mapping[str, Any] = {}, by_rank: str | None = None, **trainer: Any) -> str:
+def message(
+    policy: str, data: Mapping[str, Any] = {}, by_rank: str | None = None, strategy: str = "ddp", **trainer: Any
+) -> str:
     """The error that a run ends with, on this rank."""
     changed = {by_rank: 10 + torch.distributed.get_rank()} if by_rank else {}
     try:
-        outcome(policy, "ddp", data=dict(data) | changed, **trainer)
+        outcome(policy, strategy, data=dict(data) | changed, **trainer)
     except DPPOError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -167,6 +172,19 @@ def test_micro_batches_of_all_ranks_count(two_ranks: RankPool, tiny_policy_dir: 
     for said in two_ranks.run(message, tiny_policy_dir, timeout=60, accumulate_grad_batches=7):
         assert "2 rank(s) with trainer.accumulate_grad_batches=7 make 14 micro-batches of 12 completions" in said
         assert said.endswith("set it to 6 or less")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_a_model_that_computes_something_else_is_refused_on_every_rank_before_the_engine_starts(
+    strategy: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=96, initializer_range=0.2, **sizes)).save_pretrained(tmp_path)
+    save_character_tokenizer(tmp_path)
+    arguments = (str(tmp_path), {"engine": Unstartable()}, None, strategy)
+    first, second = two_ranks.run(message, *arguments, timeout=60)
+    assert first == second
+    assert "BertLMHeadModel cannot be trained: it is not causal" in first
 
 
 def test_a_reward_that_fails_on_rank_0_ends_every_rank(two_ranks: RankPool, tiny_policy_dir: str) -> None:

@@ -75,9 +75,6 @@ class Recorded(pl.LightningDataModule):
     def agree(self, value: Any, what: str) -> None:
         pass
 
-    def start(self) -> None:
-        pass
-
     def pump(self) -> None:
         pass
 
