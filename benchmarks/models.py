@@ -38,6 +38,8 @@ from dppo_lightning.policy import Policy
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- benchmarks/models.py writes from here -->\n", "<!-- to here -->"
 VOCABULARY = 97
+NEAR = 5e-4
+"""Nats. The deepest of them (hrm_text) rounds by 1e-4, what is wrong with others began at 0.5."""
 SECONDS = 60
 """For one architecture."""
 
@@ -126,7 +128,7 @@ def save(kind: str, folder: str) -> None:
             torch.manual_seed(0)
             with torch.device("meta"):
                 size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-            if size > 3_000_000:
+            if size > 15_000_000:
                 raise NotTried(f"{size / 1e6:.0f}M parameters at the smallest")
             model = AutoModelForCausalLM.from_config(config).float()
             with torch.no_grad():
@@ -184,7 +186,7 @@ def tried(kind: str) -> Row:
         right = {}
         for layout in ("rows", "packed") if policy.layout == "packed" else ("rows",):
             found = policy.logp(pack(rows, np.ones(len(rows)), layout))
-            right[layout] = "right" if (found - expected).abs().max() < 1e-4 else "wrong"
+            right[layout] = "right" if (found - expected).abs().max() < NEAR else "wrong"
         kernel = "eager attention" if policy.model.config._attn_implementation == "eager" else ""
         softcapped = getattr(policy.model.config, "attn_logit_softcapping", None) is not None
         done = "packed" if policy.layout == "packed" else f"rows: {timeless(policy.why_rows)}"

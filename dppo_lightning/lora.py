@@ -76,7 +76,7 @@ def adapt(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> None:
     """
     peft = require("peft", extra="lora")
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # Lightning's context would draw on the GPU
         torch.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(peft_config(model, lora), model, ADAPTER)
 

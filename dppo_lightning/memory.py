@@ -30,7 +30,7 @@ class ModelShape:
 
     Attributes:
         parameters: All, tied ones once.
-        largest_layer: Parameters of the largest decoder layer, embedding or projection.
+        largest_layer: Parameters of the largest decoder layer.
         linears: (name, inputs, outputs) of every linear layer but the output projection.
         hidden: Width H.
         layers: Number of decoder layers.
@@ -39,6 +39,7 @@ class ModelShape:
         key_value: Width of all key heads, which is that of all value heads.
         vocabulary: V.
         context: Longest sequence, or None.
+        outside: Parameters outside of the decoder's layers: embedding, projection, last norm.
     """
 
     parameters: int
@@ -51,6 +52,7 @@ class ModelShape:
     key_value: int
     vocabulary: int
     context: int | None
+    outside: int = 0
 
     @classmethod
     def of(cls, name: str) -> ModelShape:
@@ -64,14 +66,15 @@ class ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         head = model.get_output_embeddings()
-        units = [*_decoder_layers(model), model.get_input_embeddings(), head]
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in _decoder_layers(model)]
+        parameters = sum(p.numel() for p in model.parameters())
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         experts = getattr(text, "num_experts_per_tok", None)
         wide = getattr(text, "moe_intermediate_size", None) if experts else None
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            largest_layer=max(sum(p.numel() for p in unit.parameters()) for unit in units),
+            parameters=parameters,
+            largest_layer=max(layers, default=parameters),
             linears=tuple(
                 (name, module.in_features, module.out_features)
                 for name, module in model.named_modules()
@@ -84,6 +87,7 @@ class ModelShape:
             key_value=(getattr(text, "num_key_value_heads", None) or heads) * width,
             vocabulary=text.vocab_size,
             context=getattr(text, "max_position_embeddings", None),
+            outside=parameters - sum(layers),
         )
 
     def adapters(self, rank: int, targets: Sequence[str] | None) -> int:
@@ -112,6 +116,9 @@ class Plan:
         deepspeed: Whether DeepSpeed shards, which keeps fp32 copies of the weights with the optimizer's state.
         ddp: Whether gradients are reduced in buckets of their own.
         offload_optimizer: Optimizer state lives on the CPU.
+        offload_parameters: Weights do, while they are not used.
+        reduce_bucket: Elements of a piece in which DeepSpeed reduces gradients.
+        max_live: Elements that DeepSpeed's stage 3 may have whole.
         precision: Lightning's ``trainer.precision``.
         optimizer_bytes: Of optimizer state for each float32 parameter.
         gradient_checkpointing: Activations are recomputed in the backward pass.
@@ -128,6 +135,7 @@ class Plan:
         engine_share: Share of a GPU that vLLM takes; None: ``kv_cache`` decides.
         kv_cache: Bytes for keys and values; None: what ``engine_share`` leaves.
         engine_sequences: Completions generated at a time.
+        engines: vLLM engines on rank 0's GPU.
     """
 
     ranks: int = 1
@@ -135,6 +143,9 @@ class Plan:
     deepspeed: bool = False
     ddp: bool = False
     offload_optimizer: bool = False
+    offload_parameters: bool = False
+    reduce_bucket: int = 200_000_000
+    max_live: int = 1_000_000_000
     precision: str = "32-true"
     optimizer_bytes: int = 8
     gradient_checkpointing: bool = False
@@ -150,6 +161,7 @@ class Plan:
     engine: EngineKind = "vllm"
     engine_share: float | None = 0.5
     kv_cache: int | None = None
+    engines: int = 1
     engine_sequences: int = 256
 
     @property
@@ -187,31 +199,55 @@ def model_states(shape: ModelShape, plan: Plan) -> list[Part]:
 
     Bytes of a parameter, without DeepSpeed: "32-true" and the mixed precisions keep 4 + 4 + 8 (weights, gradients,
     AdamW's two moments), and mixed ones a copy of 2 for the products; "bf16-true" 2 + 2 + 4. Under DDP the gradients
-    are there twice, once in the buckets of the reduction. With DeepSpeed (ZeRO, arXiv 1910.02054, section 3.1) in two
-    bytes 2 + 2 + 12: float32 weights and two moments; in float32 4 + 4 + 12. Stage 1 divides the last number by the
-    number of ranks, stage 2 the middle one too, stage 3 all, but then one layer is whole at a time.
+    are there twice, once in the buckets of the reduction, unless they are views of these. With DeepSpeed (ZeRO, arXiv
+    1910.02054, section 3.1) in two bytes 2 + 4 + 12: gradients summed in float32, float32 weights and two moments; in
+    float32 4 + 4 + 12. Stage 1 divides the last number by the number of ranks, stage 2 the middle one too, stage 3 all.
 
-    Of a model with adapters the gradients and the optimizer state are the adapters'.
+    What is whole at a time: see ``whole``. Of a model with adapters the gradients and the optimizer state are the
+    adapters'.
     """
     total = shape.parameters
     adapters = None if plan.lora_rank is None else shape.adapters(plan.lora_rank, plan.lora_targets)
     trained = total if adapters is None else adapters
     true_half = plan.precision in ("bf16-true", "16-true")
     small = plan.half if plan.deepspeed else true_half
-    of_weight = of_gradient = 2 if small else 4
+    of_weight = 2 if small else 4
+    of_gradient = of_weight if not plan.deepspeed else 4
     of_state = plan.optimizer_bytes + 4 if plan.deepspeed else plan.optimizer_bytes // (2 if true_half else 1)
     n = [plan.ranks if plan.stage >= least else 1 for least in (3, 2, 1)]
     all_weights = total + (adapters or 0)
-    parts = [Part("weights", all_weights * of_weight / n[0], f"{of_weight} B/parameter{_over(n[0])}")]
-    if plan.stage == 3:
-        parts.append(Part("layer that is whole", shape.largest_layer * of_weight, f"{of_weight} B/parameter"))
-    if plan.half and not small:
+    where = " on the CPU" if plan.offload_parameters else _over(n[0])
+    weights = 0.0 if plan.offload_parameters else all_weights * of_weight / n[0]
+    parts = [Part("weights", weights, f"{of_weight} B/parameter{where}"), *whole(shape, plan, of_weight)]
+    if plan.half and not small and plan.stage < 3:
         parts.append(Part("weights in 16 bits", all_weights * 2, "2 B/parameter"))
     of_gradient *= 2 if plan.ddp else 1
     parts.append(Part("gradients", trained * of_gradient / n[1], f"{of_gradient} B/trained parameter{_over(n[1])}"))
     where = " on the CPU" if plan.offload_optimizer else _over(n[2])
     state = 0.0 if plan.offload_optimizer else trained * of_state / n[2]
     return [*parts, Part("optimizer state", state, f"{of_state} B/trained parameter{where}")]
+
+
+def whole(shape: ModelShape, plan: Plan, of_weight: int) -> list[Part]:
+    """What is whole at a time of what is in shards, and the buffers of its way.
+
+    DeepSpeed's stage 3 has ``max_live_parameters`` whole, or the largest layer, and a bucket of gradients; stage 2, and
+    stage 1 in float32, two buckets. FSDP2 has two layers whole, the second ahead of its use, and a gradient of one with
+    its float32 sum, in two bytes an element under mixed precision; embedding and projection in float32, with gradients.
+    """
+    parts = []
+    if plan.deepspeed and (plan.stage > 1 or not plan.half):
+        copies = 1 if plan.stage == 3 else 2
+        size = copies * plan.reduce_bucket * of_weight
+        parts.append(Part("buckets of gradients", size, f"{copies} x {plan.reduce_bucket:,} x {of_weight} B"))
+    if plan.stage == 3 and plan.deepspeed:
+        live = min(shape.parameters, max(plan.max_live, shape.largest_layer, shape.outside))
+        parts.append(Part("weights that are whole", live * of_weight, f"{of_weight} B x {live:,} at a time"))
+    elif plan.stage == 3:
+        each = 3 * (2 if plan.half else 4) + 4
+        parts.append(Part("layers that are whole", shape.largest_layer * each, f"{each} B x {shape.largest_layer:,}"))
+        parts.append(Part("embedding and projection", shape.outside * 8.0, f"8 B x {shape.outside:,}"))
+    return parts
 
 
 def activations(shape: ModelShape, plan: Plan) -> Part:
@@ -267,7 +303,11 @@ def engine(shape: ModelShape, plan: Plan, gpu_bytes: float) -> list[Part]:
         return [Part("engine weights", weights, f"{plan.rollout_bytes} B/parameter"), Part("engine cache", cache, text)]
     cache = float(plan.kv_cache or max((plan.engine_share or 0) * gpu_bytes - weights, per_token * plan.longest))
     text = f"holds {int(cache // (per_token * plan.longest)):,} sequences of {plan.longest:,} tokens"
-    return [Part("engine weights", weights, f"{plan.rollout_bytes} B/parameter"), Part("engine cache", cache, text)]
+    n, times = plan.engines, f" x {plan.engines} servers" if plan.engines > 1 else ""
+    return [
+        Part("engine weights", n * weights, f"{plan.rollout_bytes} B/parameter{times}"),
+        Part("engine cache", n * cache, f"{text}{times}"),
+    ]
 
 
 def total(parts: Sequence[Part]) -> float:

@@ -73,6 +73,18 @@ class Told:
     logits: list[Float[Tensor, "L V"]]
     products: list[Float[Tensor, "L V"]]
 
+    @property
+    def rounding(self) -> float:
+        """Largest difference of a log-prob where the sequences begin alike, in nats: rounding, in a causal model."""
+        prompt = int(self.sequences[0].generated[0])
+        short, long = (logits[:prompt].float().log_softmax(-1) for logits in self.logits)
+        return _agreed(self.model, (short - long).abs().max())
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference that is accepted, in nats: more in a model that rounds much by itself."""
+        return max(TOLERANCE[self.logits[0].dtype], 4 * self.rounding)
+
     def logp(self, temperature: float) -> list[Float[Tensor, " T"]]:
         """Log-probs of each sequence's generated tokens."""
         found = []
@@ -128,12 +140,15 @@ def as_loaded(model: PreTrainedModel, longest: int | None = None) -> Generator[N
         longest: Length of the longest sequence of the run; None: the model's context.
     """
     device, default = next(model.parameters()).device.type, torch.get_default_dtype()
+    products = torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)  # a precision plugin of "bf16-true" has set another while models are made
+    torch.set_float32_matmul_precision("highest")  # a user may have allowed less, which would hide what is wrong
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False), whole_as_it_runs(model), _choosing(model, longest):
             yield
     finally:
         torch.set_default_dtype(default)
+        torch.set_float32_matmul_precision(products)
 
 
 @contextmanager
@@ -181,7 +196,8 @@ def ask(model: PreTrainedModel, seed: int = 0) -> Told:
             logits.append(answer[0])
             products.append(product[0])
     told = Told(model, sequences, logits, products)
-    _check_causal(model, told)
+    if not told.rounding <= 10 * TOLERANCE[told.logits[0].dtype]:
+        raise ModelError(f"{_it(model)} is not causal: a token's log-probs depend on which or how many come after it")
     return told
 
 
@@ -200,13 +216,12 @@ def check(policy: Policy, told: Told, shared_prompts: bool) -> tuple[Layout, str
         ModelError: No way of computing gives the model's own log-probs.
     """
     model = policy.model
-    tolerance = TOLERANCE[model.get_output_embeddings().weight.dtype]
     loaded = model.config._attn_implementation
     error = None
     for implementation in dict.fromkeys((loaded, "eager")):
         if implementation != loaded:
             _set_attention(model, implementation)
-        error = _difference(policy, told, "rows", tolerance)
+        error = _difference(policy, told, "rows")
         if error is None:
             break
     if error is not None:
@@ -217,7 +232,7 @@ def check(policy: Policy, told: Told, shared_prompts: bool) -> tuple[Layout, str
         return "rows", "its attention cannot be replaced"
     rows = model.config._attn_implementation
     model.set_attn_implementation(attention.NAME)
-    error = _difference(policy, told, "packed", tolerance)
+    error = _difference(policy, told, "packed")
     if error is None:
         return "packed", ""
     model.set_attn_implementation(rows)
@@ -225,20 +240,20 @@ def check(policy: Policy, told: Told, shared_prompts: bool) -> tuple[Layout, str
     return "rows", f"packed, it {error}"
 
 
-def _difference(policy: Policy, told: Told, layout: Layout, tolerance: float) -> str | None:
+def _difference(policy: Policy, told: Told, layout: Layout) -> str | None:
     """What is wrong with the policy's log-probs in this layout, or None."""
     for draw in range(DRAWS):
         if draw:
             told = ask(policy.model, draw)
-        found = _compare(policy, told, layout, tolerance)
+        found = _compare(policy, told, layout)
         if found is None:
             return None
     return found
 
 
-def _compare(policy: Policy, told: Told, layout: Layout, tolerance: float) -> str | None:
+def _compare(policy: Policy, told: Told, layout: Layout) -> str | None:
     """The shorter sequence is computed twice, alone and beside the longer one; what differs is computed once more."""
-    short, both = told.sequences[:1], told.sequences
+    short, both, tolerance = told.sequences[:1], told.sequences, told.tolerance
     expected = told.logp(policy.head.transform.temperature)
 
     def gap(a: Tensor, b: Tensor) -> float:
@@ -270,15 +285,6 @@ def _agreed(model: nn.Module, value: Tensor) -> float:
     if in_shards(model):
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
     return float(value)
-
-
-def _check_causal(model: PreTrainedModel, told: Told) -> None:
-    """Both sequences begin alike: what is said of the beginning must not depend on the rest."""
-    prompt = int(told.sequences[0].generated[0])
-    short, long = (logits[:prompt].float().log_softmax(-1) for logits in told.logits)
-    tolerance = TOLERANCE[told.logits[0].dtype]
-    if not _agreed(model, (short - long).abs().max()) <= tolerance:
-        raise ModelError(f"{_it(model)} is not causal: a token's log-probs depend on which or how many come after it")
 
 
 def _draw(model: PreTrainedModel, seed: int) -> list[Sequence]:

@@ -16,9 +16,9 @@ from dppo_lightning.scaling.zero import ZeroStrategy
 class KeepsBuffers(nn.Module):
     """A module whose floating-point buffers keep the dtype that they were made with, whatever casts the module.
 
-    RoPE's inverse frequencies are such buffers. In bfloat16 they are off by up to 1/256 of themselves, at position 1,000
-    by up to two radians. ``to(dtype)``, ``half`` and their kin all go through ``_apply``, so this holds for every
-    strategy and precision; ZeRO-3, which makes a model's tensors in 16 bits as it loads, is told so in its configuration.
+    RoPE's inverse frequencies are such buffers. In bfloat16 they are off by up to 1/256 of themselves: at position
+    1,000 by up to two radians. ``to(dtype)``, ``half`` and their kin all go through ``_apply``, so this holds for every
+    strategy and precision. ZeRO-3 makes a model's tensors in 16 bits as it loads; its configuration tells it so too.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
 from rich.table import Table
+from torch import Tensor, nn
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.memory import GIB, ModelShape, Part, Plan, estimate, total
+from dppo_lightning.rollout.transformers_engine import TransformersEngine
+from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.rollout.vllm_remote import VLLMRemote
+from dppo_lightning.scaling.fsdp2 import FSDP2Strategy
+from dppo_lightning.scaling.strategies import check_kind, check_strategy
+from dppo_lightning.scaling.zero import ZeroStrategy
+from dppo_lightning.trust_region import TrustRegion
 
 ASSUMED_PROMPT = 512
 """Tokens of the longest prompt, where neither data.max_prompt_tokens nor the context says less."""
@@ -19,7 +32,11 @@ ROLLOUT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def plan_of(recipe: Mapping[str, Any], shape: ModelShape, gpus: int) -> Plan:
-    """The plan of a parsed recipe on ``gpus`` GPUs."""
+    """The plan of a parsed recipe on ``gpus`` GPUs.
+
+    Raises:
+        ConfigError: The recipe's strategy is one that trains wrongly.
+    """
     trainer, model, data = recipe["trainer"], recipe["model"], recipe["data"]
     new = data["max_new_tokens"]
     room = ASSUMED_PROMPT if shape.context is None else min(ASSUMED_PROMPT, shape.context - new)
@@ -27,12 +44,12 @@ def plan_of(recipe: Mapping[str, Any], shape: ModelShape, gpus: int) -> Plan:
     lora = model.get("lora") or {}
     lora = lora.get("init_args", lora)
     targets = lora.get("target_modules", "all-linear")
-    region = (model.get("trust_region") or {}).get("class_path", "")
+    region = built(model.get("trust_region"), TrustRegion)
     return Plan(
         ranks=gpus,
         **_sharding(trainer.get("strategy"), gpus),
         precision=_precision(trainer.get("precision")),
-        optimizer_bytes=0 if _class(model.get("optimizer")).endswith(".SGD") else 8,
+        optimizer_bytes=optimizer_bytes(model.get("optimizer")),
         gradient_checkpointing=bool(model.get("gradient_checkpointing")),
         lora_rank=lora.get("rank"),
         lora_targets=None if isinstance(targets, str) else tuple(targets),
@@ -40,15 +57,42 @@ def plan_of(recipe: Mapping[str, Any], shape: ModelShape, gpus: int) -> Plan:
         prompt_tokens=data.get("max_prompt_tokens") or room,
         new_tokens=new,
         logits_mib=model.get("logits_mib", 64),
-        whole_vocabulary=region.rpartition(".")[2].startswith("Full") or bool(model.get("divergence_diagnostics")),
+        whole_vocabulary="full" in getattr(region, "needs", ()) or bool(model.get("divergence_diagnostics")),
         reference=_number((model.get("kl") or {}), "coefficient") > 0,
         rollout_bytes=ROLLOUT_BYTES[data["rollout_dtype"]],
         **_engine(data.get("engine")),
     )
 
 
-def _class(value: Any) -> str:
-    return str(value.get("class_path", "")) if isinstance(value, Mapping) else str(value or "")
+def built(value: Any, kind: Any) -> Any:
+    """What a part of a parsed recipe stands for, so that it can be asked; None where the recipe leaves it out."""
+    if value is None:
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind)
+    return parser.instantiate_classes(parser.parse_object({"part": value})).part
+
+
+def class_of(value: Any) -> tuple[type | None, dict[str, Any]]:
+    """The class that a parsed recipe names, and its settings, defaults and its bases' included; nothing is built."""
+    if not isinstance(value, Mapping):
+        return None, {}
+    module, _, name = value["class_path"].rpartition(".")
+    kind = getattr(import_module(module), name)
+    known = [p for base in reversed(kind.__mro__) for p in signature(base.__init__).parameters.values()]
+    defaults = {parameter.name: parameter.default for parameter in known if parameter.default is not parameter.empty}
+    return kind, defaults | dict(value.get("init_args") or {})
+
+
+def optimizer_bytes(value: Any) -> int:
+    """Of optimizer state for each float32 parameter, after a step on a small matrix."""
+    make = built(value, OptimizerCallable) or torch.optim.AdamW
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    optimizer = make([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    return round(sum(tensor.numel() * tensor.element_size() for tensor in state) / parameter.numel())
 
 
 def _number(value: Mapping[str, Any], name: str) -> float:
@@ -62,40 +106,54 @@ def _precision(value: Any) -> str:
 
 def _sharding(strategy: Any, gpus: int) -> dict[str, Any]:
     """Of ``trainer.strategy``: a name or a class with arguments."""
-    name = _class(strategy).lower()
-    given = strategy.get("init_args", {}) if isinstance(strategy, Mapping) else {}
-    if "deepspeed" in name or "zero" in name:
-        stages = [digit for digit in "123" if f"stage_{digit}" in name]
-        stage = given.get("stage") or (int(stages[0]) if stages else 2)
-        offload = "offload" in name or given.get("offload_optimizer") not in (None, False, "none")
-        return {"stage": stage, "deepspeed": True, "offload_optimizer": offload}
-    if "fsdp" in name or "modelparallel" in name:
+    kind, given = class_of(strategy)
+    if kind is None:
+        check_strategy(strategy)
+        return {"ddp": gpus > 1}
+    check_kind(kind.__name__, kind, given)
+    if issubclass(kind, ZeroStrategy):
+        return {
+            "stage": given["stage"],
+            "deepspeed": True,
+            "offload_optimizer": given["offload_optimizer"] != "none",
+            "offload_parameters": given["offload_parameters"] != "none",
+            "reduce_bucket": given["reduce_bucket_size"],
+            "max_live": given["max_live_parameters"],
+        }
+    if issubclass(kind, FSDP2Strategy):
         return {"stage": 3}
-    return {"ddp": gpus > 1}
+    return {"ddp": gpus > 1 and not given.get("gradient_as_bucket_view")}
+
+
+def starts_vllm(engine: Any) -> bool:
+    """Whether a recipe's engine, which is VLLMEmbedded where it names none, starts vLLM on this machine."""
+    kind, given = class_of(engine)
+    return kind is None or issubclass(kind, VLLMEmbedded) or (issubclass(kind, VLLMRemote) and not given["urls"])
 
 
 def _engine(engine: Any) -> dict[str, Any]:
     """Of ``data.engine``; the default is vLLM beside the trainer."""
-    name = _class(engine).rpartition(".")[2]
-    given = engine.get("init_args") or {} if isinstance(engine, Mapping) else {}
-    if name == "TransformersEngine":
+    kind, given = class_of(engine)
+    if kind is not None and issubclass(kind, TransformersEngine):
         on_gpu = str(given.get("device", "cpu")) != "cpu"
         return {"engine": "transformers" if on_gpu else "elsewhere", "engine_sequences": given.get("batch_size", 64)}
-    if name in ("VLLMEmbedded", "") or (name == "VLLMRemote" and not given.get("urls")):
-        cache = given.get("kv_cache_gib")
-        return {
-            "engine": "vllm",
-            "engine_share": None if cache else given.get("gpu_memory_utilization", 0.5),
-            "kv_cache": int(cache * GIB) if cache else None,
-            "engine_sequences": given.get("max_num_seqs", 256),
-        }
-    return {"engine": "elsewhere"}
+    if not starts_vllm(engine):
+        return {"engine": "elsewhere"}
+    cache = given.get("kv_cache_gib")
+    return {
+        "engine": "vllm",
+        "engine_share": None if cache else given.get("gpu_memory_utilization", 0.5),
+        "kv_cache": int(cache * GIB) if cache else None,
+        "engine_sequences": given.get("max_num_seqs", 256),
+        "engines": given.get("servers", 1),  # all of them start on the first GPU
+    }
 
 
 def remedies(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     """What can still be switched on, the cheapest first: what to write, and what it changes in the plan."""
     zero = {"deepspeed": True, "ddp": False}
-    lora = {"lora_rank": 16, "stage": 0, "deepspeed": False, "ddp": plan.ranks > 1, "offload_optimizer": False}
+    lora = {"lora_rank": 16, "stage": 0, "deepspeed": False, "ddp": plan.ranks > 1}
+    lora |= {"offload_optimizer": False, "offload_parameters": False}
     full, several, beside = plan.lora_rank is None, plan.ranks > 1, plan.engine != "elsewhere"
     every: list[tuple[bool, str, dict[str, Any]]] = [
         (plan.precision == "32-true", "trainer.precision: bf16-mixed", {"precision": "bf16-mixed"}),

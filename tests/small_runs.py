@@ -18,6 +18,7 @@ from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
 from dppo_lightning.rewards.base import RewardFunction, Sample
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
+from dppo_lightning.rollout.weight_sync import WeightSync
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -72,6 +73,18 @@ class Record(RunCallback):
         parameters = dict(pl_module.policy.model.named_parameters())
         self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
         self.gradients.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+
+
+class SyncSeen(pl.Callback):
+    """Keeps the last weight sync, which is gone with the engine."""
+
+    sync: WeightSync
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.sync = pl_module.data.stream.sync
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.sync = pl_module.data.stream.sync
 
 
 class Memory(DummyLogger):

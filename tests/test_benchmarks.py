@@ -27,7 +27,7 @@ def last_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_benchmarks_are_those_of_the_docs() -> None:
-    assert set(COMMANDS) >= {"head", "step", "rollout", "sync", "scaling"}
+    assert set(COMMANDS) >= {"head", "step", "rollout", "sync", "scaling", "bookkeeping"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -74,6 +74,15 @@ def test_sync_sends_the_whole_model(
     assert set(found) == {"seconds", "gb_per_s", "restart_seconds"}
     size = (Path(tiny_model_dir) / "model.safetensors").stat().st_size
     assert found["seconds"] * found["gb_per_s"] * 1e9 == pytest.approx(size, rel=0.05)  # the header apart
+
+
+def test_bookkeeping_is_measured_by_the_number_of_groups(
+    tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--groups", "2", "50", "--samples", "2", "--model", tiny_policy_dir]
+    found = last_line("bookkeeping", arguments, monkeypatch, capsys)
+    assert list(found["ms_per_completion"]) == ["2", "50"]
+    assert min(found["ms_per_completion"].values()) > 0
 
 
 def test_shared_prompts_are_measured_by_shape(

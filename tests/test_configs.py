@@ -26,6 +26,7 @@ def test_every_recipe_can_be_built(recipe: str, monkeypatch: pytest.MonkeyPatch,
         [] if "prompts" in given.get("data", {}) else ["--config", str(ROOT / "configs" / "quickstart.yaml")]
     )  # a piece of one
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPPO_API_KEY", "of nobody")
     monkeypatch.setattr(DPPOCommandLine, "_run_subcommand", lambda self, name: None)
     cli = DPPOCommandLine(["fit", *below, "--config", str(ROOT / recipe), "--trainer.accelerator", "cpu"])
     assert isinstance(cli.model, DPPOModule)

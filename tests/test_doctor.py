@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -80,11 +81,23 @@ def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.torch_neighbours().status == "ok"
 
 
+@pytest.mark.parametrize("name", doctor.NEEDED)
+def test_the_least_versions_are_those_that_pyproject_asks_for(name: str) -> None:
+    wanted = re.search(rf'"{name}>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert wanted is not None
+    assert doctor.least_version(name) == (int(wanted[1]), int(wanted[2]))
+
+
 def test_vllm_is_needed_by_those_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert doctor.vllm_installed(None).status == "warn"
     assert doctor.vllm_installed({"data": {"engine": None}}).status == "fail"
-    assert doctor.vllm_installed({"data": {"engine": {"class_path": "TransformersEngine"}}}).status == "warn"
+    assert (
+        doctor.vllm_installed(
+            {"data": {"engine": {"class_path": "dppo_lightning.rollout.transformers_engine.TransformersEngine"}}}
+        ).status
+        == "warn"
+    )
 
 
 def test_cores_and_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -205,6 +205,16 @@ def compare_close(mine: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_first_values_do_not_come_from_the_device_that_is_the_default(tiny_model_dir: str) -> None:
+    """On GPUs Lightning makes them the default while a model is built; here another device stands in for them."""
+    wanted, other = (AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32) for _ in range(2))
+    adapt(wanted, SMALL, seed=3)
+    with torch.device("meta"):
+        adapt(other, SMALL, seed=3)
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
+
+
 def test_first_values_depend_on_the_seed_alone(tiny_model_dir: str) -> None:
     drawn = []
     for rng, seed in ((1, 3), (2, 3), (1, 4)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,58 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from dppo_lightning.batch import Sequence, pack
 from dppo_lightning.cli import RecipeReader
-from dppo_lightning.memory import GIB, ModelShape, Plan, activations, engine, estimate, head, model_states, total
+from dppo_lightning.errors import ConfigError
+from dppo_lightning.memory import (
+    GIB,
+    ModelShape,
+    Plan,
+    activations,
+    engine,
+    estimate,
+    head,
+    model_states,
+    total,
+    whole,
+)
 from dppo_lightning.policy import Policy
 from dppo_lightning.recipe_memory import plan_of, remedies, report
+from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.scaling.zero import ZeroStrategy
+from dppo_lightning.trust_region import BinaryTV, FullTV
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = {"H": 96, "I": 224, "L": 3, "V": 320, "heads": 4, "kv": 2, "d": 32}
+
+
+ZERO = "dppo_lightning.scaling.zero.ZeroStrategy"
+
+
+class Mine(ZeroStrategy):
+    """Stage 3 unless it is told otherwise."""
+
+    def __init__(self, stage: int = 3, **settings: Any) -> None:
+        super().__init__(stage, **settings)  # type: ignore[arg-type]
+
+
+class MyEngine(VLLMEmbedded):
+    """With a share of its own."""
+
+    def __init__(self, gpu_memory_utilization: float = 0.3) -> None:
+        super().__init__(gpu_memory_utilization=gpu_memory_utilization)
+
+
+class FullOfHope(BinaryTV):
+    """Compares two numbers, whatever its name."""
+
+
+class Everything(FullTV):
+    """Compares whole distributions."""
 
 
 def llama(folder: Path, tied: bool = True) -> str:
@@ -54,6 +96,7 @@ def test_parameters_are_those_of_the_saved_file(tied: bool, tmp_path: Path) -> N
     layer = n["H"] * n["d"] * (2 * n["heads"] + 2 * n["kv"]) + 3 * n["H"] * n["I"] + 2 * n["H"]
     assert shape.parameters == n["L"] * layer + n["H"] * n["V"] * (1 if tied else 2) + n["H"]
     assert shape.largest_layer == layer
+    assert shape.outside == shape.parameters - n["L"] * layer
     assert (shape.query, shape.key_value, shape.intermediate) == (128, 64, 224)
 
 
@@ -87,10 +130,14 @@ def test_adapters_are_counted_as_they_are_made(shape: ModelShape) -> None:
         (Plan(precision="bf16-mixed"), 4 + 2, 4, 8),
         (Plan(precision="bf16-true"), 2, 2, 4),
         (Plan(optimizer_bytes=0), 4, 4, 0),
-        (Plan(ranks=4, deepspeed=True, stage=1, precision="bf16-mixed"), 2, 2, 12 / 4),
-        (Plan(ranks=4, deepspeed=True, stage=2, precision="bf16-mixed"), 2, 2 / 4, 12 / 4),
-        (Plan(ranks=4, deepspeed=True, stage=3, precision="bf16-mixed"), 2 / 4, 2 / 4, 12 / 4),
-        (Plan(ranks=4, deepspeed=True, stage=2, precision="bf16-mixed", offload_optimizer=True), 2, 2 / 4, 0),
+        (Plan(ranks=4, deepspeed=True, stage=1, precision="bf16-mixed"), 2, 4, 12 / 4),
+        (Plan(ranks=4, deepspeed=True, stage=2, precision="bf16-mixed"), 2, 4 / 4, 12 / 4),
+        (Plan(ranks=4, deepspeed=True, stage=3, precision="bf16-true"), 2 / 4, 4 / 4, 12 / 4),
+        (Plan(ranks=4, deepspeed=True, stage=3), 4 / 4, 4 / 4, 12 / 4),
+        (Plan(ranks=4, deepspeed=True, stage=3, precision="bf16-mixed", offload_parameters=True), 0, 4 / 4, 12 / 4),
+        (Plan(ranks=4, deepspeed=True, stage=2, precision="bf16-mixed", offload_optimizer=True), 2, 4 / 4, 0),
+        (Plan(ranks=4, stage=3), 4 / 4, 4 / 4, 8 / 4),
+        (Plan(ranks=4, stage=3, precision="bf16-mixed"), 4 / 4, 4 / 4, 8 / 4),
     ],
 )
 def test_bytes_of_a_parameter(shape: ModelShape, plan: Plan, weights: float, gradients: float, state: float) -> None:
@@ -98,15 +145,52 @@ def test_bytes_of_a_parameter(shape: ModelShape, plan: Plan, weights: float, gra
     assert parts["weights"] + parts.get("weights in 16 bits", 0) == pytest.approx(weights)
     assert parts["gradients"] == pytest.approx(gradients)
     assert parts["optimizer state"] == pytest.approx(state)
-    assert ("layer that is whole" in parts) == (plan.stage == 3)
 
 
-def test_zero_gives_the_numbers_of_its_paper() -> None:
-    """Figure 1 of arXiv 1910.02054: 7.5B parameters on 64 ranks take 120, 31.4, 16.6 and 1.9 GB."""
+@pytest.mark.parametrize("piece", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_the_table_of_the_docs_is_what_the_doctor_counts(piece: str, shape: ModelShape) -> None:
+    """Bytes of a parameter on one of N ranks, in float32."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    (formula,) = re.findall(rf"^\| `{piece}\.yaml` \| ([\d +/N]+)", page, re.MULTILINE)
+    plan = plan_of(recipe("--config", str(ROOT / "configs" / "scaling" / f"{piece}.yaml")), shape, 4)
+    parts = {part.name: part.bytes / shape.parameters for part in model_states(shape, plan)}
+    counted = parts["weights"] + parts["gradients"] + parts["optimizer state"]
+    assert counted == pytest.approx(eval(formula, {"N": 4}))
+
+
+def test_zero_gives_the_numbers_of_its_paper_and_two_bytes_more_for_the_sum_of_gradients() -> None:
+    """Figure 1 of arXiv 1910.02054: 7.5B parameters on 64 ranks take 31.4, 16.6 and 1.9 GB."""
     shape = ModelShape(7_500_000_000, 0, (), 1, 1, 1, 1, 1, 1, None)
     plan = Plan(ranks=64, deepspeed=True, precision="bf16-mixed")
-    sizes = [total(model_states(shape, replace(plan, stage=stage))) / 1e9 for stage in (0, 1, 2, 3)]
-    assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], rel=0.02)
+    for stage, paper, more in ((1, 31.4, 15.0), (2, 16.6, 15.0 / 64), (3, 1.9, 15.0 / 64)):
+        parts = model_states(shape, replace(plan, stage=stage))  # type: ignore[arg-type]
+        states = [part for part in parts if part.name in ("weights", "gradients", "optimizer state")]
+        assert total(states) / 1e9 == pytest.approx(paper + more, rel=0.02)
+
+
+def test_what_is_whole_at_a_time_is_counted(shape: ModelShape) -> None:
+    def parts(**plan: Any) -> dict[str, float]:
+        return {part.name: part.bytes for part in whole(shape, Plan(ranks=4, **plan), 2)}
+
+    sizes = {"reduce_bucket": 7, "max_live": 1}
+    zero: dict[str, Any] = {"deepspeed": True, "precision": "bf16-true", **sizes}
+    assert parts(stage=3, **zero) == {
+        "buckets of gradients": 7 * 2,
+        "weights that are whole": 2 * max(shape.largest_layer, shape.outside),
+    }
+    assert parts(stage=3, **zero | {"max_live": 10**9})["weights that are whole"] == 2 * shape.parameters
+    assert parts(stage=2, **zero) == {"buckets of gradients": 2 * 7 * 2}
+    assert parts(stage=1, **zero) == {}
+    mixed, exact = parts(stage=3, precision="bf16-mixed"), parts(stage=3)
+    assert mixed["layers that are whole"] == shape.largest_layer * (2 * 2 + 2 + 4)
+    assert exact["layers that are whole"] == shape.largest_layer * (2 * 4 + 4 + 4)
+    assert mixed["embedding and projection"] == exact["embedding and projection"] == 8 * shape.outside
+    assert parts(ddp=True) == {}
+
+
+def test_fsdp2_has_no_copy_of_every_weight_in_16_bits(shape: ModelShape) -> None:
+    names = {part.name for part in model_states(shape, Plan(ranks=4, stage=3, precision="bf16-mixed"))}
+    assert "weights in 16 bits" not in names
 
 
 def test_gradients_of_adapters_are_the_adapters_alone(shape: ModelShape) -> None:
@@ -163,6 +247,7 @@ def test_the_head_and_the_engine(shape: ModelShape) -> None:
     shared = engine(shape, replace(plan, engine_share=0.5), GIB)
     assert total(shared) == pytest.approx(0.5 * GIB)
     assert engine(shape, replace(plan, engine="elsewhere"), GIB) == []
+    assert total(engine(shape, replace(plan, engine_share=0.2, engines=3), GIB)) == pytest.approx(0.6 * GIB)
 
 
 def recipe(*options: str) -> dict[str, Any]:
@@ -172,7 +257,8 @@ def recipe(*options: str) -> dict[str, Any]:
 
 def test_a_recipe_is_read(shape: ModelShape) -> None:
     options = ["--trainer.accumulate_grad_batches", "4", "--trainer.precision", "bf16-mixed", "--model.kl.coefficient",
-               "0.1", "--model.trust_region", "FullTV", "--data.engine.gpu_memory_utilization", "0.4",
+               "0.1", "--model.trust_region", "FullTV", "--data.engine.kv_cache_gib", "null",
+               "--data.engine.gpu_memory_utilization", "0.4",
                "--data.rollout_dtype", "bfloat16", "--data.max_prompt_tokens", "50"]  # fmt: skip
     plan = plan_of(recipe(*options), shape, 2)
     assert plan.micro_batch == 32 * 8 // (4 * 2)
@@ -184,10 +270,10 @@ def test_a_recipe_is_read(shape: ModelShape) -> None:
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [
-        ("deepspeed_stage_3_offload", (3, True, True)),
         ({"class_path": "dppo_lightning.scaling.zero.ZeroStrategy", "init_args": {"stage": 1}}, (1, True, False)),
-        ({"class_path": "ZeroStrategy", "init_args": {"offload_optimizer": "cpu"}}, (2, True, True)),
-        ({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, (3, False, False)),
+        ({"class_path": ZERO, "init_args": {"offload_optimizer": "cpu"}}, (2, True, True)),
+        ({"class_path": f"{__name__}.Mine"}, (3, True, False)),
+        ({"class_path": "dppo_lightning.scaling.fsdp2.FSDP2Strategy"}, (3, False, False)),
         ("auto", (0, False, False)),
         (None, (0, False, False)),
     ],
@@ -197,6 +283,56 @@ def test_strategies_are_understood(shape: ModelShape, strategy: Any, expected: t
     config["trainer"]["strategy"] = strategy
     plan = plan_of(config, shape, 2)
     assert (plan.stage, plan.deepspeed, plan.offload_optimizer) == expected
+
+
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_2", "fsdp", "lightning.pytorch.strategies.ModelParallelStrategy"]
+)
+def test_strategies_that_train_wrongly_are_not_sized(shape: ModelShape, strategy: str) -> None:
+    config = recipe()
+    config["trainer"]["strategy"] = {"class_path": strategy} if "." in strategy else strategy
+    with pytest.raises(ConfigError, match="use configs/scaling"):
+        plan_of(config, shape, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--config", "configs/scaling/ddp.yaml"], {"ddp": False}),  # its gradients are views of the buckets
+        (["--trainer.strategy", "ddp"], {"ddp": True}),
+        (
+            ["--config", "configs/scaling/zero3.yaml", "--trainer.strategy.offload_parameters", "cpu"],
+            {"offload_parameters": True, "offload_optimizer": False, "max_live": 10**9, "reduce_bucket": 2 * 10**8},
+        ),
+        (
+            ["--config", "configs/scaling/zero2.yaml", "--trainer.strategy.reduce_bucket_size", "5"],
+            {"reduce_bucket": 5, "offload_parameters": False},
+        ),
+        (["--data.engine", "VLLMRemote", "--data.engine.servers", "4"], {"engine": "vllm", "engines": 4}),
+        (["--data.engine", f"{__name__}.MyEngine"], {"engine": "vllm", "engine_share": 0.3}),
+        (["--data.engine", "TransformersEngine"], {"engine": "elsewhere"}),
+        (["--model.trust_region", "FullKL"], {"whole_vocabulary": True}),
+        (["--model.trust_region", "BinaryTV"], {"whole_vocabulary": False}),
+        (["--model.trust_region", f"{__name__}.FullOfHope"], {"whole_vocabulary": False}),
+        (["--model.trust_region", f"{__name__}.Everything"], {"whole_vocabulary": True}),
+        (["--config", "combined.yaml"], {"whole_vocabulary": True}),
+        (["--model.optimizer", "torch.optim.SGD"], {"optimizer_bytes": 0}),
+        (["--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9"], {"optimizer_bytes": 4}),
+        (["--model.optimizer", "torch.optim.Adam"], {"optimizer_bytes": 8}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_recipe_is_sized_by_what_its_classes_say(
+    options: list[str], expected: dict[str, Any], shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they are called."""
+    monkeypatch.chdir(ROOT)
+    masks = [{"class_path": "BinaryTV"}, {"class_path": "FullTV"}]
+    combined = {"model": {"trust_region": {"class_path": "Combined", "init_args": {"masks": masks}}}}
+    (tmp_path / "combined.yaml").write_text(yaml.safe_dump(combined))
+    options = [str(tmp_path / "combined.yaml") if word == "combined.yaml" else word for word in options]
+    plan = plan_of(recipe(*options), shape, 2)
+    assert {name: getattr(plan, name) for name in expected} == expected
 
 
 def test_a_recipe_that_fits_needs_nothing(folder: str) -> None:

@@ -343,6 +343,16 @@ def test_the_check_does_not_depend_on_the_dtype_that_a_precision_sets(tiny_model
     assert policy.layout == "packed"
 
 
+def test_the_check_multiplies_in_float32_whatever_a_user_allows_in_training(tiny_model_dir: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert Policy(tiny_model_dir).layout == "packed"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_weights_in_16_bits_are_checked_in_16_bits(tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dppo_lightning.policy, "load_model", lambda *a: load_model(*a).bfloat16())
     policy = Policy(tiny_model_dir)

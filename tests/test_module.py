@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from small_runs import QUIET, Letters, ShareOf, build, fit, sgd, share
+from small_runs import QUIET, Letters, ShareOf, SyncSeen, build, fit, sgd, share
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -268,9 +268,9 @@ def test_time_of_training_does_not_count_evaluation(tiny_policy_dir: str, monkey
 def test_the_parity_probe_has_the_limits_of_the_coarser_dtype(
     data: dict[str, Any], precision: Any, dtype: str, tolerance: float | None, tiny_policy_dir: str
 ) -> None:
-    run = fit(tiny_policy_dir, data=data, precision=precision)
-    sync = run.module._sync
-    assert sync is not None
+    seen = SyncSeen()
+    run = fit(tiny_policy_dir, data=data, precision=precision, callbacks=[seen])
+    sync = seen.sync
     assert sync.as_loaded
     assert sync.probe.limits == LIMITS[dtype]
     assert sync.probe.tolerance == tolerance
@@ -291,9 +291,9 @@ def test_a_continued_run_does_not_compare_the_engine_as_loaded_with_other_weight
     trainer.fit(model, datamodule=source)
     trainer.save_checkpoint(path)
     again, source = build(tiny_policy_dir, {"optimizer": sgd(5.0)})
-    pl.Trainer(**QUIET, max_steps=2).fit(again, datamodule=source, ckpt_path=path, weights_only=False)
-    sync = again._sync
-    assert sync is not None
+    seen = SyncSeen()
+    pl.Trainer(**QUIET, max_steps=2, callbacks=[seen]).fit(again, datamodule=source, ckpt_path=path, weights_only=False)
+    sync = seen.sync
     assert not sync.as_loaded
     assert sync.probe.loaded is None
     assert sync.probe.first is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecision
-from small_runs import QUIET, Letters, build, fit, sgd
+from small_runs import QUIET, Letters, SyncSeen, build, fit, sgd
 from transformers import AutoModelForCausalLM
 
 from dppo_lightning.errors import ConfigError
@@ -110,9 +110,13 @@ def test_a_policy_that_was_evaluated_in_16_bits_is_not_trained_in_them(tiny_poli
 def test_a_policy_is_evaluated_and_asked_in_every_precision(precision: str, tiny_policy_dir: str) -> None:
     data = {"prompts": Letters(4, heldout=2), "rollout_dtype": "bfloat16"}
     module, source = build(tiny_policy_dir, {}, data)
-    (values,) = pl.Trainer(**QUIET | {"precision": precision}).validate(module, datamodule=source, verbose=False)
+    seen = SyncSeen()
+    trainer = pl.Trainer(**QUIET | {"precision": precision}, callbacks=[seen])
+    (values,) = trainer.validate(module, datamodule=source, verbose=False)
     assert np.isfinite(values["heldout/reward"])
-    assert 0 < module._sync_metrics["sync/parity_error"] < 0.1
+    report = seen.sync.report
+    assert report is not None
+    assert 0 < report.parity.largest < 0.1
     module, source = build(tiny_policy_dir, {}, data)
     found = pl.Trainer(**QUIET | {"precision": precision}).predict(module, datamodule=source)
     assert [len(records) for records in found] == [2]

@@ -44,6 +44,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
     per_step = data.prompts_per_step * data.samples_per_prompt
     passes = trainer.max_steps * data.prompts_per_step / len(data.train_prompts)
     reference = f"{module.kl.kind} in the {module.kl.where}, beta {module.kl.coefficient:g}"
+    left_out = f", {data.left_out} left out (their answers cannot be read)" if data.left_out else ""
     engine = data.engine.health().description
     return [
         ("model", f"{module.policy_name} ({counts}, {trainer.precision})"),
@@ -53,7 +54,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),
         ("advantage, aggregation", f"{type(module.advantage).__name__}, {module.aggregation}"),
         ("engine", f"{engine}, {data.rollout_dtype}"),
-        ("prompts", f"{len(data.train_prompts)} for training, {len(data.heldout_prompts)} held out"),
+        ("prompts", f"{len(data.train_prompts)} for training, {len(data.heldout_prompts)} held out{left_out}"),
         ("  first prompt, ids", _ids(data.train_prompts[0].token_ids)),
         ("  first prompt, text", _text(_decoded(data, data.train_prompts[0].token_ids))),
         ("  a completion ends with", "; ".join(f"{token}, from {origin}" for token, origin in _stops(data))),

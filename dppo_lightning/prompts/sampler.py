@@ -77,12 +77,21 @@ class Shuffled(PromptSampler):
     def __init__(self) -> None:
         self.drawn = 0
 
+    def start(self, prompts: Sequence[Prompt], seed: int) -> None:
+        super().start(prompts, seed)
+        self._orders: dict[int, np.ndarray] = {}  # of the passes that the last draw was from: each is drawn once
+
     def draw(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts; begins another pass when one is through."""
         places = [divmod(self.drawn + offset, len(self.prompts)) for offset in range(count)]
-        orders = {turn: np.random.default_rng((self.seed, turn)).permutation(len(self.prompts)) for turn, _ in places}
+        self._orders = {turn: self._order(turn) for turn in {turn for turn, _ in places}}
         self.drawn += count
-        return [self.prompts[orders[turn][place]] for turn, place in places]
+        return [self.prompts[self._orders[turn][place]] for turn, place in places]
+
+    def _order(self, turn: int) -> np.ndarray:
+        if turn in self._orders:
+            return self._orders[turn]
+        return np.random.default_rng((self.seed, turn)).permutation(len(self.prompts))
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn}

@@ -6,9 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dppo_lightning.errors import RewardError
+
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Score:
 class RewardFunction(ABC):
     """Subclass and write ``score``; callers use ``__call__``, which checks what ``score`` returns.
 
+    A reward that reads answers or columns also writes ``check``, so that rows without them are found before a run.
+
     Attributes:
         main_thread: Whether it must be called on the main thread (a time limit that is kept by signals, say). Then
             generation goes on meanwhile, but training does not; other rewards run beside both.
@@ -56,6 +61,17 @@ class RewardFunction(ABC):
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> Sequence[float | Score]:
         """Return one finite number (or Score) for each sample, in order."""
+
+    def check(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
+        """Find prompts that could not be scored; called before the engine starts, for training and held-out prompts.
+
+        Args:
+            prompts: Every one that the run may ask, with ``answer`` and ``columns``.
+
+        Returns:
+            Place in ``prompts`` -> what is wrong with it, as a phrase ("has no answer"). Here: nothing is.
+        """
+        return {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[Score]:
         """Score and check.

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
+
 
 class PythonReward(RewardFunction):
     """Calls ``function(samples, **arguments)``, which returns a float or a Score for each Sample, in order.
+
+    Where the function has an attribute ``check`` (as an object with ``__call__`` may), that is called before the run as
+    ``check(prompts, **arguments)``; see ``RewardFunction.check``.
 
     Args:
         function: Import path, "package.module.function" or "package.module:function".
@@ -47,6 +53,16 @@ class PythonReward(RewardFunction):
             f"reward function {self.path} returned a {type(scores).__name__}: return a sequence with one float "
             "or Score for each sample"
         )
+
+    def check(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
+        check = getattr(self.function, "check", None)
+        if check is None:
+            return {}
+        try:
+            problems: Mapping[int, str] = check(prompts, **self.arguments)
+            return problems
+        except Exception as error:
+            raise RewardError(f"check of the reward function {self.path} raised {_line(error)}") from error
 
 
 def import_function(path: str) -> Callable[..., Any]:

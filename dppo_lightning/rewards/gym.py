@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.optional import require
 from dppo_lightning.rewards.accuracy import contains_answer, is_answer
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rewards.text import compile_pattern, last_group
+
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
 
 Scorer = Callable[[str | None, Mapping[str, Any]], float]
 Measure = Literal["gym", "solved", "strict", "lenient"]
@@ -48,6 +51,38 @@ class ReasoningGymReward(RewardFunction):
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         return [self._score(sample) for sample in samples]
+
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        found = {place: self._problem(prompt) for place, prompt in enumerate(prompts)}
+        problems = {place: what for place, what in found.items() if what is not None}
+        tried: set[str] = set()
+        for place, prompt in enumerate(prompts):
+            # What one entry went through, as a table that makes lists of tuples, every one of its task did; and some
+            # scorers take 40 ms.
+            if place in problems or prompt.columns["task"] in tried:
+                continue
+            task, entry = prompt.columns["task"], prompt.columns["entry"]
+            tried.add(task)
+            try:
+                _check_entry(self._scorer(task), task, entry)
+            except RewardError as error:
+                problems[place] = f"is broken: {error}"
+        return problems
+
+    def _problem(self, prompt: Prompt) -> str | None:
+        task, entry = prompt.columns.get("task"), prompt.columns.get("entry")
+        if not isinstance(task, str) or not isinstance(entry, Mapping):
+            return "lacks the columns 'task' and 'entry' that ReasoningGymPrompts gives"
+        try:
+            self._scorer(task)
+        except RewardError:
+            return f"is of the task {task!r}, which reasoning-gym cannot score"
+        lacking = [name for name in ("question", "answer", "metadata") if name not in entry]
+        if lacking:
+            return f"has an entry without {', '.join(lacking)}"
+        if self.measure in ("strict", "lenient") and prompt.answer is None and entry.get("answer") is None:
+            return f"has no answer, which score={self.measure!r} needs"
+        return None
 
     def _score(self, sample: Sample) -> Score:
         task, entry = _task_and_entry(sample)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.optional import require
 from dppo_lightning.rewards.base import RewardFunction, Sample
-from dppo_lightning.rewards.text import reference_answer
+from dppo_lightning.rewards.text import reference_answer, without_answer
+
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
 
 
 class MathReward(RewardFunction):
@@ -37,22 +40,36 @@ class MathReward(RewardFunction):
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         answers = [reference_answer(sample, "MathReward") for sample in samples]
-        references = {answer: self._reference(answer) for answer in dict.fromkeys(answers)}
+        references = {answer: self._readable(answer) for answer in dict.fromkeys(answers)}
         return [
             float(self._equal(references[answer], self._parse(sample.completion)))
             for answer, sample in zip(answers, samples, strict=True)
         ]
 
-    def _reference(self, answer: str) -> list[Any]:
-        # Without delimiters math-verify sees numbers only: "x^2+1" and "\sqrt{2}" would be found empty.
-        delimited = "$" in answer or "\\boxed" in answer
-        parsed = self._parse(answer if delimited else f"${answer}$") or self._parse(answer)
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        problems = without_answer(prompts)
+        answers = {prompt.answer for place, prompt in enumerate(prompts) if place not in problems}
+        bad = {answer for answer in answers if answer is not None and not self._reference(answer)}
+        unread = {
+            place: f"has the answer {prompt.answer!r}, which is no mathematics"
+            for place, prompt in enumerate(prompts)
+            if prompt.answer in bad
+        }
+        return problems | unread
+
+    def _readable(self, answer: str) -> list[Any]:
+        parsed = self._reference(answer)
         if not parsed:
             raise RewardError(
                 f"MathReward cannot read the reference answer {answer!r} as mathematics: mend or remove that prompt, "
                 "or use ExactMatch"
             )
         return parsed
+
+    def _reference(self, answer: str) -> list[Any]:
+        # Without delimiters math-verify sees numbers only: "x^2+1" and "\sqrt{2}" would be found empty.
+        delimited = "$" in answer or "\\boxed" in answer
+        return self._parse(answer if delimited else f"${answer}$") or self._parse(answer)
 
     def _parse(self, text: str) -> list[Any]:
         return require("math_verify").parse(text, parsing_timeout=self._limit())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample
+
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
 
 
 class ExactMatch(RewardFunction):
@@ -29,6 +33,9 @@ class ExactMatch(RewardFunction):
             float(self._normal(sample.completion) == self._normal(reference_answer(sample, "ExactMatch")))
             for sample in samples
         ]
+
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        return without_answer(prompts, blank_counts=not self.strip)
 
     def _normal(self, text: str) -> str:
         text = text.strip() if self.strip else text
@@ -54,11 +61,30 @@ class RegexMatch(RewardFunction):
     def score(self, samples: Sequence[Sample]) -> list[float]:
         return [float(self._matches(sample)) for sample in samples]
 
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        return without_answer(prompts) if self.compare else {}
+
     def _matches(self, sample: Sample) -> bool:
         if not self.compare:
             return self.pattern.search(sample.completion) is not None
         answer = reference_answer(sample, "RegexMatch with compare")
         return last_group(self.pattern, sample.completion) == answer.strip()
+
+
+def without_answer(prompts: Sequence[Prompt], blank_counts: bool = False) -> dict[int, str]:
+    """Places of the prompts that have no reference answer -> what they have instead.
+
+    Args:
+        prompts: As ``RewardFunction.check`` gets them.
+        blank_counts: White space is an answer.
+    """
+    problems = {}
+    for place, prompt in enumerate(prompts):
+        if prompt.answer is None:
+            problems[place] = "has no answer"
+        elif not (prompt.answer if blank_counts else prompt.answer.strip()):
+            problems[place] = "has an empty answer"
+    return problems
 
 
 def reference_answer(sample: Sample, reward: str) -> str:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
+from dppo_lightning.rewards.checking import unreadable
+
+if TYPE_CHECKING:
+    from dppo_lightning.batch import Prompt
 
 
 class WeightedSum(RewardFunction):
@@ -44,6 +49,13 @@ class WeightedSum(RewardFunction):
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         members = [reward(samples) for reward in self.rewards]
         return [self._sum([scores[index] for scores in members]) for index in range(len(samples))]
+
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        problems: dict[int, list[str]] = {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            for place, what in unreadable(prompts, reward).items():
+                problems.setdefault(place, []).append(f"{what} ({name})")
+        return {place: " and ".join(found) for place, found in problems.items()}
 
     def _sum(self, scores: Sequence[Score]) -> Score:
         value = sum(weight * score.value for weight, score in zip(self.weights, scores, strict=True))

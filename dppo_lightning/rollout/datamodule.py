@@ -23,6 +23,7 @@ from dppo_lightning.policy import context_length, load_tokenizer
 from dppo_lightning.prompts import PromptSource, encode
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.rewards import RewardFunction
+from dppo_lightning.rewards.checking import UnreadableAnswers, scorable
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.rollout.fingerprint import fingerprint
 from dppo_lightning.rollout.stream import Rollout, RolloutStream
@@ -88,6 +89,8 @@ class RolloutDataModule(pl.LightningDataModule):
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
         solved_at: A completion counts as solved when its reward is at least this.
         reward_timeout: Seconds that one call of the reward may take before the run is stopped, > 0.
+        unreadable_answers: Prompts that the reward cannot score, for want of an answer say: "refuse" any before the
+            engine starts, or "drop" and count them.
         seed: Of prompt order and of every request.
 
     Raises:
@@ -116,6 +119,7 @@ class RolloutDataModule(pl.LightningDataModule):
         heldout_samples: int = 1,
         solved_at: float = 1.0,
         reward_timeout: float = 600.0,
+        unreadable_answers: UnreadableAnswers = "refuse",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -149,6 +153,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.heldout_samples = heldout_samples
         self.solved_at = solved_at
         self.reward_timeout = reward_timeout
+        self.unreadable_answers: UnreadableAnswers = unreadable_answers
         self.seed = seed
         self.timeline = Timeline()
         self.ranks: Ranks | None = None
@@ -158,6 +163,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
+        self.left_out = 0  # prompts that the reward cannot score
         self.stops: dict[int, str] = {}  # ids that end a completion, each with who names it
 
     @property
@@ -207,13 +213,9 @@ class RolloutDataModule(pl.LightningDataModule):
             self.sampling.check_training()
             self.module.advantage.check(self.samples_per_prompt)
             self._check_staleness()
-            completions = self.prompts_per_step * self.samples_per_prompt
-            if completions < trainer.world_size:
-                raise ConfigError(
-                    f"{trainer.world_size} ranks share {completions} completions a step: raise data.prompts_per_step "
-                    "or data.samples_per_prompt, or use fewer ranks"
-                )
+            self._check_micro_batches(trainer.world_size, trainer.accumulate_grad_batches)
         self.spec = self.load_prompts(self.module.policy_name)
+        self._check_answers(stage)
 
     @property
     def longest(self) -> int:
@@ -226,6 +228,20 @@ class RolloutDataModule(pl.LightningDataModule):
         with self.together():
             if self.ranks.is_controller and self.stream is None:
                 self._start()
+
+    def _check_micro_batches(self, ranks: int, each: int) -> None:
+        """An empty micro-batch costs a pass of every rank, and some would be empty in every step."""
+        completions = self.prompts_per_step * self.samples_per_prompt
+        if completions < ranks:
+            raise ConfigError(
+                f"{ranks} ranks share {completions} completions a step: raise data.prompts_per_step "
+                "or data.samples_per_prompt, or use fewer ranks"
+            )
+        if completions < ranks * each:
+            raise ConfigError(
+                f"{ranks} rank(s) with trainer.accumulate_grad_batches={each} make {ranks * each} micro-batches of "
+                f"{completions} completions a step, so some are always empty: set it to {completions // ranks} or less"
+            )
 
     def _check_staleness(self) -> None:
         """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
@@ -247,6 +263,15 @@ class RolloutDataModule(pl.LightningDataModule):
             f"model.divergence_diagnostics needs the weights that sampled each token, and {kept}: set it to false, or "
             f"data.streaming.max_staleness to 0, got {ahead}"
         )
+
+    def _check_answers(self, stage: str) -> None:
+        """Leave out, or refuse, the prompts that are asked and cannot be scored."""
+        before = len(self.train_prompts) + len(self.heldout_prompts)
+        if stage == "fit" or (stage == "predict" and self.predict_split == "train"):
+            self.train_prompts = scorable(self.train_prompts, self.reward, self.unreadable_answers, "train")
+        if not (stage == "predict" and self.predict_split == "train"):
+            self.heldout_prompts = scorable(self.heldout_prompts, self.reward, self.unreadable_answers, "heldout")
+        self.left_out = before - len(self.train_prompts) - len(self.heldout_prompts)
 
     def _start(self) -> None:
         self.engine.start(self.spec)

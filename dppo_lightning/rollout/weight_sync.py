@@ -47,9 +47,8 @@ class WeightSync:
             SyncError: Names or shapes differ, the engine reports another version, or the log-probs differ.
         """
         started = time.perf_counter()
-        if self.as_loaded:
+        if self.as_loaded and self.probe.loaded is None:
             self.probe.look_at_loaded()
-            self.as_loaded = False
         engine, interrupted = self.probe.inbox.engine, self.probe.inbox.in_flight > 0
         if interrupted:
             engine.pause()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import (
@@ -42,7 +43,15 @@ def check_strategy(strategy: Strategy | str | None) -> None:
     """
     if strategy is None or strategy == "auto":
         return
-    name, kind, settings = _described(strategy)
+    check_kind(*_described(strategy))
+
+
+def check_kind(name: str, kind: type[Strategy] | None, settings: Mapping[str, Any]) -> None:
+    """The same of a class that is not built; ``settings``: its ``stage`` and ``start_method``, where it has them.
+
+    Raises:
+        ConfigError: As ``check_strategy``.
+    """
     if kind is not None and issubclass(kind, (ZeroStrategy, FSDP2Strategy)):
         return
     reason = next((reason for wrong, reason in WRONG.items() if kind is not None and issubclass(kind, wrong)), None)
@@ -70,7 +79,7 @@ def _described(strategy: Strategy | str) -> tuple[str, type[Strategy] | None, di
     return type(strategy).__name__, type(strategy), found
 
 
-def _instead(name: str, kind: type[Strategy] | None, settings: dict[str, Any]) -> str:
+def _instead(name: str, kind: type[Strategy] | None, settings: Mapping[str, Any]) -> str:
     """The piece of configs/scaling/ that does what was wanted."""
     wanted = name.lower() if kind is None else " ".join(base.__name__.lower() for base in kind.__mro__)
     if "deepspeed" in wanted or "zero" in wanted:

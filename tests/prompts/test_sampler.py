@@ -36,6 +36,18 @@ def test_passes_and_seeds_have_orders_of_their_own() -> None:
     assert ids[:7] != [prompt.id for prompt in shuffled(1).draw(7)]
 
 
+def test_the_order_of_a_pass_is_drawn_once_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    original = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (made.append(seed), original(seed))[1])
+    sampler = shuffled(0)
+    for _ in range(5):
+        sampler.draw(1)
+    assert made == [(0, 0)]
+    sampler.draw(7)
+    assert made == [(0, 0), (0, 1)]
+
+
 @given(before=st.integers(0, 30), after=st.integers(1, 30))
 def test_a_restored_sampler_goes_on_where_the_first_one_stood(before: int, after: int) -> None:
     first, second = shuffled(3), shuffled(3)

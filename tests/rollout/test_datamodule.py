@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
-from dppo_lightning.errors import ConfigError, EngineError, SyncError
+from dppo_lightning.errors import ConfigError, DataError, EngineError, SyncError
+from dppo_lightning.prompts import Example, PromptSets, PromptSource
+from dppo_lightning.rewards import ExactMatch
 from dppo_lightning.rewards.base import Sample
 from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, UpdateStats
@@ -302,3 +304,31 @@ def test_an_engine_is_started_with_what_the_run_needs(tiny_policy_dir: str) -> N
     fit(tiny_policy_dir, data={"engine": engine, "prompts": Letters(2, heldout=1)})
     (spec,) = seen
     assert (spec.model, spec.dtype, spec.max_model_len, spec.stop_token_ids) == (tiny_policy_dir, "float32", 9, (95,))
+
+
+class Gaps(PromptSource):
+    """Six prompts to train on and two that are held out; one of each has no answer."""
+
+    def load(self) -> PromptSets:
+        examples = [
+            Example(prompt=chr(97 + i), answer=None if i in (2, 7) else "A", where=f"row {i}") for i in range(8)
+        ]
+        return PromptSets(examples[:6], examples[6:])
+
+
+def test_an_answer_that_cannot_be_read_is_refused_before_the_engine_starts(tiny_policy_dir: str) -> None:
+    class Unstarted(TransformersEngine):
+        def start(self, spec: Any) -> None:
+            raise AssertionError("started")
+
+    with pytest.raises(DataError, match="1 of 6 training prompts cannot be scored by ExactMatch: row 2 has no answer"):
+        fit(tiny_policy_dir, data={"engine": Unstarted(), "prompts": Gaps(), "reward": ExactMatch()})
+
+
+def test_answers_that_cannot_be_read_are_left_out_by_choice(tiny_policy_dir: str) -> None:
+    data = {"prompts": Gaps(), "reward": ExactMatch(), "unreadable_answers": "drop"}
+    run = fit(tiny_policy_dir, data=data, callbacks=[HeldOutEvaluation()])
+    assert [prompt.id for prompt in run.data.train_prompts] == [f"train/{i}" for i in (0, 1, 3, 4, 5)]
+    assert [prompt.id for prompt in run.data.heldout_prompts] == ["heldout/0"]
+    assert run.data.left_out == 2
+    assert len(run.metrics.of("heldout/reward")) == 2

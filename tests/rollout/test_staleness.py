@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import PATIENCE
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
@@ -332,7 +333,7 @@ def test_a_reward_that_takes_long_does_not_stop_generation(begin: Any) -> None:
 
     class Slow(RewardFunction):
         def score(self, samples: Sequence[Sample]) -> list[float]:
-            assert generated.wait(10)
+            assert generated.wait(PATIENCE)
             return [float(len(sample.completion)) for sample in samples]
 
     training = begin([1.0], streaming=Streaming(2), reward=Slow())

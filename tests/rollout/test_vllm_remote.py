@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import PATIENCE, wait_until
 from transformers import AutoModelForCausalLM
 
 from dppo_lightning.batch import Completion
@@ -27,7 +28,7 @@ from dppo_lightning.rollout.vllm_launcher import command_line
 from dppo_lightning.rollout.vllm_remote import VLLMRemote
 
 from .engine_case import ask, changed
-from .fake_vllm import KEY, FakeVLLM, expected, logp_of, wait_until
+from .fake_vllm import KEY, FakeVLLM, expected, logp_of
 
 REQUESTS = [ask(f"{i}", seed=i) for i in range(20)]
 
@@ -109,7 +110,7 @@ def test_the_server_with_fewer_requests_gets_the_next_and_none_more_than_it_may(
 def test_a_failing_server_costs_nothing_and_comes_back_with_the_current_weights(fakes: Fakes, fault: str) -> None:
     bad, good = fakes.servers
     bad.fault = fault
-    engine = fakes.start(request_timeout=0.5)
+    engine = fakes.start(request_timeout=2.0 if fault == "hang" else 600.0)
     engine.submit(REQUESTS)
     assert tokens(fakes.collect(20)) == expected(REQUESTS)
     assert not bad.generated
@@ -157,7 +158,7 @@ def test_when_no_server_is_left_the_error_names_each_with_its_reason(fakes: Fake
         server.fault = "500"
     engine.submit(REQUESTS)
     with pytest.raises(EngineError, match="no vLLM server is left") as caught:
-        engine.poll(timeout=10)
+        engine.poll(timeout=PATIENCE)
     for server in fakes.servers:
         assert f"{server.url}: /health answered 503: closed for today" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -205,13 +206,13 @@ def test_an_abort_that_a_server_does_not_hear_ends_the_request_all_the_same(fake
 def test_a_pause_does_not_count_as_time_that_a_request_takes(fakes: Fakes) -> None:
     for server in fakes.servers:
         server.gate.clear()
-    engine = fakes.start(request_timeout=0.6)
+    engine = fakes.start(request_timeout=4.0)
     engine.submit(REQUESTS[:2])
     wait_until(lambda: sum(server.working for server in fakes.servers) == 2)
     engine.pause()
     assert engine.poll(timeout=5) == []
     engine._changed.acquire()
-    engine._changed.wait(1.0)
+    engine._changed.wait(5.0)  # longer than a request may take
     engine._changed.release()
     assert "out" not in engine.health().description
     for server in fakes.servers:

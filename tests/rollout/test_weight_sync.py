@@ -268,10 +268,12 @@ def test_a_refused_update_leaves_the_engine_generating(tiny_model_dir: str) -> N
     engine.start(EngineSpec(tiny_model_dir))
     sync = make_sync(engine, minus_one)
     arrived: list[str] = []
-    sync.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda r: arrived.append(r.request_id))
+    sync.probe.inbox.submit(
+        [Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda r: arrived.append(r.request_id)
+    )
     with pytest.raises(SyncError, match="missing: "):
         sync.push([], version=1)
-    sync.inbox.collect(timeout=5.0)
+    sync.probe.inbox.collect(timeout=5.0)
     assert arrived == ["mine"]
 
 
@@ -284,7 +286,7 @@ def test_an_engine_that_dies_in_an_update_says_so_itself(tiny_model_dir: str) ->
     engine = Dies(vocabulary=96, delay=1.0)
     engine.start(EngineSpec(tiny_model_dir))
     sync = make_sync(engine, minus_one)
-    sync.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda result: None)
+    sync.probe.inbox.submit([Request("mine", (1, 2), Sampling(max_new_tokens=2), 0)], lambda result: None)
     with pytest.raises(EngineError, match="out of memory"):
         sync.push([], version=1)
 

@@ -28,7 +28,7 @@ class RankPool:
         self.pipes: list[Any] = []
         self.held: socket.socket | None = None  # the port at which the ranks meet
 
-    def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 60.0, **keywords: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, timeout: float = 240.0, **keywords: Any) -> list[Any]:
         """Each rank's ``job(*arguments, **keywords)``."""
         if not self.processes:
             self.start()

@@ -11,7 +11,7 @@ import torch
 from small_runs import Letters, ShareOf, fit, sgd
 
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
-from dppo_lightning.errors import DPPOError
+from dppo_lightning.errors import ConfigError, DPPOError
 from dppo_lightning.lora import LoRA
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.rollout.engine import EngineSpec
@@ -125,11 +125,11 @@ class Moody(ShareOf):
         return super().score(samples)
 
 
-def message(policy: str, data: Mapping[str, Any] = {}, by_rank: str | None = None) -> str:
+def message(policy: str, data: Mapping[str, Any] = {}, by_rank: str | None = None, **trainer: Any) -> str:
     """The error that a run ends with, on this rank."""
     changed = {by_rank: 10 + torch.distributed.get_rank()} if by_rank else {}
     try:
-        outcome(policy, "ddp", data=dict(data) | changed)
+        outcome(policy, "ddp", data=dict(data) | changed, **trainer)
     except DPPOError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -152,6 +152,21 @@ def test_an_error_is_told_on_every_rank(
     for said in (first, second):
         assert said != "no error"
         assert reason in said
+
+
+@pytest.mark.parametrize(("accumulate", "fits"), [(12, True), (13, False)])
+def test_more_micro_batches_than_completions_are_refused(accumulate: int, fits: bool, tiny_policy_dir: str) -> None:
+    if fits:
+        fit(tiny_policy_dir, accumulate_grad_batches=accumulate)  # 3 prompts x 4 completions
+        return
+    with pytest.raises(ConfigError, match=r"=13 make 13 micro-batches of 12 completions .* set it to 12 or less"):
+        fit(tiny_policy_dir, accumulate_grad_batches=accumulate)
+
+
+def test_micro_batches_of_all_ranks_count(two_ranks: RankPool, tiny_policy_dir: str) -> None:
+    for said in two_ranks.run(message, tiny_policy_dir, timeout=60, accumulate_grad_batches=7):
+        assert "2 rank(s) with trainer.accumulate_grad_batches=7 make 14 micro-batches of 12 completions" in said
+        assert said.endswith("set it to 6 or less")
 
 
 def test_a_reward_that_fails_on_rank_0_ends_every_rank(two_ranks: RankPool, tiny_policy_dir: str) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from dppo_lightning.module import DPPOModule
+
 from .cases import DEFAULTS, Case
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(3)]
@@ -91,8 +93,12 @@ def steps(run: Path) -> list[dict[str, float]]:
 
 
 def test_every_region_trains_by_configuration_and_the_start_table_names_it(
-    tmp_path: Path, tiny_policy_dir: str
+    tmp_path: Path, tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    remember, passes = DPPOModule._remember_rollout, []
+    monkeypatch.setattr(
+        DPPOModule, "_remember_rollout", lambda *arguments: (passes.append(arguments), remember(*arguments))[1]
+    )
     moved = 0.0
     for case in DEFAULTS:
         name = type(case.region).__name__
@@ -108,8 +114,9 @@ def test_every_region_trains_by_configuration_and_the_start_table_names_it(
         assert len(logged) == 3, name
         assert [row["train/staleness"] for row in logged] == [0, 1, 0], name
         recomputes = bool(case.region.needs & {"recomputed_logp", "full"})
-        assert (logged[0]["time/annotate"] > 1e-3) == recomputes, name
+        assert (len(passes) > 0) == recomputes, name
         assert ["time/choose" in row for row in logged] == ["chosen" in case.region.needs] * 3, name
+        passes.clear()
         audit = [json.loads(line) for line in (run / "mask_audit.jsonl").read_text().splitlines()]
         assert [line["step"] for line in audit] == [0, 1, 2]
         for line, row in zip(audit, logged, strict=True):
