@@ -26,7 +26,7 @@ ADVANTAGE = ("tests/test_advantage.py",)
 METRICS = ("tests/test_metrics.py",)
 BATCH = ("tests/test_batch.py", "tests/test_shared_prompt.py")
 ATTENTION = ("tests/test_shared_prompt.py",)
-POLICY = ("tests/test_policy.py",)
+MODEL_CHECK = ("tests/test_model_check.py",)
 REGION = ("tests/trust_region/test_reference.py", "tests/trust_region/test_properties.py")
 MODULE = ("tests/test_module.py",)
 
@@ -69,15 +69,16 @@ MUTANTS = [
     ),
     *mutants(
         "logits.py",
-        POLICY,
-        ('getattr(config, "logit_scale", None) or 1 /', "1 /"),
+        MODEL_CHECK,
+        ("return replace(found, temperature=temperature)", "return cls(temperature=temperature)"),
     ),
     *mutants(
         "module.py",
         SCORING,
         (
-            "with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():",
-            "with scoring(None):",
+            "found: list[np.ndarray] = []\n        with scoring(self.trainer.strategy), "
+            "self.trainer.precision_plugin.forward_context():",
+            "found: list[np.ndarray] = []\n        with scoring(self.trainer.strategy):",
         ),
         ("torch.no_grad(), self.trainer.precision_plugin.forward_context():", "torch.no_grad():"),
         ("piece.clone() for piece", "piece for piece"),
@@ -146,7 +147,7 @@ MUTANTS = [
     ),
     *mutants(
         "attention.py",
-        ATTENTION,
+        MODEL_CHECK,
         ("if unknown or dropout:", "if False:"),
     ),
     *mutants(

@@ -55,21 +55,22 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def start(tree: Path, tests: Iterable[str]) -> ForkProcess:
+def start(tree: Path, tests: Iterable[str], silent: bool = True) -> ForkProcess:
     """Pytest in a copy of the tree, in a process whose exit status is pytest's."""
-    process = get_context("fork").Process(target=_tests_in, args=(tree, tuple(tests)))
+    process = get_context("fork").Process(target=_tests_in, args=(tree, tuple(tests), silent))
     process.start()
     return process
 
 
-def _tests_in(tree: Path, tests: tuple[str, ...]) -> None:
+def _tests_in(tree: Path, tests: tuple[str, ...], silent: bool) -> None:
     os.setsid()
     os.chdir(tree)
     sys.path[0] = str(tree)  # in place of this file's folder, which has the tests without a fault
     sys.modules.pop("mutants", None)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    if silent:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
     os._exit(pytest.main(["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]))
 
 
@@ -138,10 +139,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copy_tree(Path(folder, str(number))) for number in range(arguments.jobs)]
         tests = sorted({test for mutant in chosen for test in mutant.tests})
-        sound = start(trees[0], tests)
+        sound = start(trees[0], tests, silent=False)
         sound.join()
         if sound.exitcode != 0:
-            sys.exit(f"these tests fail without a mutant, so they say nothing of one: pytest {' '.join(tests)}")
+            sys.exit("the tests fail without a mutant, so they say nothing of one")
         survived = try_all(chosen, trees, arguments.limit)
     print(json.dumps({"killed": len(chosen) - len(survived), "of": len(chosen), "survived": survived}))
     sys.exit(bool(survived))

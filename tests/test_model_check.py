@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import save_character_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config, PhimoeConfig, PreTrainedConfig
 
@@ -24,7 +25,6 @@ from dppo_lightning.model_check import _draw
 from dppo_lightning.policy import Policy, load_model
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
-from tests.conftest import save_character_tokenizer
 from tests.small_runs import QUIET, build
 
 VOCABULARY = 97
