@@ -21,9 +21,9 @@ $(INSTALLED): requirements-cpu.txt pyproject.toml
 models/tiny: | $(INSTALLED)
 	$(BIN)/dppo prepare tiny --out $@
 
-# Two tests at a time; those that share an engine or ranks go to one of the two (the groups of tests/conftest.py).
+# Two tests at a time; those that share an engine or ranks go to one of the two (see tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup --durations 10
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadscope --durations 10
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations 10

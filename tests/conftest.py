@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from surroundings import TERMINAL, without_the_users_settings
 
@@ -16,12 +17,12 @@ import torch
 from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 # The same examples every time, and no time limit on one: a test that fails, fails for everybody.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
-HERE = Path(__file__).parent
 TOGETHER = {
     "scaling",
     "rollout/test_adapters.py",
@@ -46,13 +47,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist tests that share an engine, ranks or a run stay together, the largest groups first."""
     for item in items:
-        path = item.path.relative_to(HERE)
-        if path.as_posix() in TOGETHER or path.parts[0] in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else path.stem))
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
+
+
+class Grouped(LoadScopeScheduling):
+    """Tests that share an engine, ranks or a run stay on one worker, the largest groups first; others go anywhere."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0].removeprefix("tests/")
+        return next((group for group in (path, path.partition("/")[0]) if group in TOGETHER), nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

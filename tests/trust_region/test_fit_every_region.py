@@ -92,39 +92,35 @@ def steps(run: Path) -> list[dict[str, float]]:
     return [row for row in rows if "train/loss" in row]
 
 
+@pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: type(case.region).__name__)
 def test_every_region_trains_by_configuration_and_the_start_table_names_it(
-    tmp_path: Path, tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, tmp_path: Path, tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remember, passes = DPPOModule._remember_rollout, []
     monkeypatch.setattr(
         DPPOModule, "_remember_rollout", lambda *arguments: (passes.append(arguments), remember(*arguments))[1]
     )
-    moved = 0.0
-    for case in DEFAULTS:
-        name = type(case.region).__name__
-        run = fit(tmp_path / name, tiny_policy_dir, configuration(case))
-        table, described = start_rows(run), case.region.describe()
-        thresholds = {key: value for key, value in described.items() if key not in ("region", "anchor")}
-        expected = ",".join(f"{key}={value.replace(' ', '')}" for key, value in thresholds.items())
-        assert table["trust region"] == f"{name}({expected})"
-        assert table["anchor"] == f"{described['anchor']} policy".replace(" ", "")
-        assert json.loads((run / "run.json").read_text())["trust_region"] == described
+    name = type(case.region).__name__
+    run = fit(tmp_path / name, tiny_policy_dir, configuration(case))
+    table, described = start_rows(run), case.region.describe()
+    thresholds = {key: value for key, value in described.items() if key not in ("region", "anchor")}
+    expected = ",".join(f"{key}={value.replace(' ', '')}" for key, value in thresholds.items())
+    assert table["trust region"] == f"{name}({expected})"
+    assert table["anchor"] == f"{described['anchor']} policy".replace(" ", "")
+    assert json.loads((run / "run.json").read_text())["trust_region"] == described
 
-        logged = steps(run)
-        assert len(logged) == 3, name
-        assert [row["train/staleness"] for row in logged] == [0, 1, 0], name
-        recomputes = bool(case.region.needs & {"recomputed_logp", "full"})
-        assert (len(passes) > 0) == recomputes, name
-        assert ["time/choose" in row for row in logged] == ["chosen" in case.region.needs] * 3, name
-        passes.clear()
-        audit = [json.loads(line) for line in (run / "mask_audit.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in audit] == [0, 1, 2]
-        for line, row in zip(audit, logged, strict=True):
-            assert line["totals"]["tokens"] == row["train/tokens"]
-            assert line["totals"]["stopped_share"] == pytest.approx(row["train/masked_share"])
-        assert (run / "mask_audit.txt").is_file()
-        moved = max(moved, logged[1]["train/masked_share"])
-    assert moved > 0, "no region ever stopped a token: the runs say nothing"
+    logged = steps(run)
+    assert [row["train/staleness"] for row in logged] == [0, 1, 0]
+    assert (len(passes) > 0) == bool(case.region.needs & {"recomputed_logp", "full"})
+    assert ["time/choose" in row for row in logged] == ["chosen" in case.region.needs] * 3
+    audit = [json.loads(line) for line in (run / "mask_audit.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in audit] == [0, 1, 2]
+    for line, row in zip(audit, logged, strict=True):
+        assert line["totals"]["tokens"] == row["train/tokens"]
+        assert line["totals"]["stopped_share"] == pytest.approx(row["train/masked_share"])
+    assert (run / "mask_audit.txt").is_file()
+    if name in ("PPOClip", "BinaryTV"):
+        assert logged[1]["train/masked_share"] > 0  # the policy does move so far that a region has work
 
 
 @pytest.mark.parametrize("region", ["SequenceMask", "TopKKL", "FullTV"])
