@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,14 @@ def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fresh_ranks() -> Iterator[RankPool]:
+    """Ranks that have not run ZeRO-3, which puts its own in the place of torch's linear function for good."""
+    pool = RankPool(2)
+    yield pool
+    pool.stop()
+
+
 class Held:
     """Bytes that autograd holds of a forward pass once it has ended, and the elements of the decoder's layers."""
 
@@ -226,10 +235,10 @@ class Held:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fsdp2_holds_no_copy_of_a_layer_until_the_backward_pass(
-    checkpointing: bool, two_ranks: RankPool, wide_dir: str
+    checkpointing: bool, fresh_ranks: RankPool, wide_dir: str
 ) -> None:
     steps = record(wide_dir)
-    runs = two_ranks.run(
+    runs = fresh_ranks.run(
         train, wide_dir, steps, "fsdp2", precision="bf16-mixed", gradient_checkpointing=checkpointing, probe=Held()
     )
     for run in runs:
