@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.export import Trained, write_model
+from dppo_lightning.policy import load_model, load_tokenizer
 from dppo_lightning.special_tokens import Decoder, stop_token_ids, stop_tokens
 
 END = 95  # of the tiny policy's tokenizer, which is the only one to name it
@@ -60,6 +62,14 @@ def test_the_end_may_stand_in_the_config_of_the_text_model_alone(tmp_path: Path,
     config = {"model_type": "gemma3", "eos_token_id": None, "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert set(stop_tokens(str(tmp_path), load_tokenizer(tiny_policy_dir))) == {3, 5, END}
+
+
+def test_an_exported_model_ends_where_its_base_does(folder: Path, tmp_path: Path) -> None:
+    configure(folder, eos_token_id=[1, 5])
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    write_model(exported, load_model(str(folder)), Trained(str(folder), None), torch.float32)
+    assert set(stop_tokens(str(exported), load_tokenizer(str(folder)))) == set(stops(folder)) == {1, 5, END}
 
 
 @pytest.mark.parametrize("bad", [96, -1, [5, 4096], "5", [True], 2.0])
