@@ -24,7 +24,7 @@ class PromptSampler(ABC):
     seed: int
 
     def start(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Called once, before the first draw."""
+        """Called before the first draw, and again by a second ``fit``, which draws on where the first has stopped."""
         self.prompts = prompts
         self.seed = seed
 

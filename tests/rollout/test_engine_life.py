@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dppo_lightning.batch import Completion, Group
 from dppo_lightning.callbacks.base import RunCallback
+from dppo_lightning.callbacks.timeline_log import TimelineLog, read_timeline
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
@@ -40,8 +41,8 @@ class Session:
         data = {"prompts": Letters(6, heldout=3), "heldout_samples": 4, "engine": engine or TransformersEngine()}
         self.module, self.data = build(policy, {"optimizer": sgd(2.0)}, data)
 
-    def trainer(self, *callbacks: pl.Callback, steps: int = 2) -> pl.Trainer:
-        return pl.Trainer(**QUIET | {"max_steps": steps, "logger": Memory()}, callbacks=list(callbacks))
+    def trainer(self, *callbacks: pl.Callback, steps: int = 2, **settings: Any) -> pl.Trainer:
+        return pl.Trainer(**QUIET | {"max_steps": steps, "logger": Memory()} | settings, callbacks=list(callbacks))
 
     def fit(self, trainer: pl.Trainer | None = None) -> Record:
         """Two steps; every rollout is sampled with the weights that the first step on it found."""
@@ -145,6 +146,14 @@ def test_a_fit_after_validation_of_a_checkpoint_samples_with_its_weights(
     session.validate(weights, ckpt_path=path)
     record = session.fit()
     assert all(torch.equal(record.weights[0][name], weights[name]) for name in record.weights[0])
+
+
+def test_the_time_line_of_a_fit_holds_nothing_of_a_validation_before_it(session: Session, tmp_path: Path) -> None:
+    trainer = session.trainer(TimelineLog(), default_root_dir=tmp_path)
+    session.trainer().validate(session.module, datamodule=session.data, verbose=False)
+    session.fit(trainer)
+    spans = [e for e in read_timeline(tmp_path / "timeline.json") if e["name"] == "evaluate"]
+    assert [span["args"]["step"] for span in spans] == [2]
 
 
 def test_a_second_fit_samples_with_what_the_first_has_trained(session: Session) -> None:

@@ -106,7 +106,7 @@ class Loader:
                 pack(part, np.array([weight_of[id(s)] for s in part]), module.layout)
                 for part in parts[first : first + mine]
             ]
-            self.data.plan = StepPlan([], batches, True)
+            self.data.plan = StepPlan([], batches, True, empty=not sequences)
             yield from batches
 
 
