@@ -75,7 +75,6 @@ def test_what_trains(precision: str, strategy: Any, trains: bool) -> None:
         {"plugins": [DeepSpeedPrecision("16-mixed")]},
         {"plugins": [DeepSpeedPrecision("16-true")]},
     ],
-    ids=str,
 )
 def test_a_run_is_refused_however_its_precision_was_set(settings: dict[str, Any], tiny_policy_dir: str) -> None:
     with pytest.raises(ConfigError, match=r"16-(mixed|true).*set bf16-mixed") as caught:
