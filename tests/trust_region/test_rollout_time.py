@@ -169,8 +169,8 @@ def test_log_probs_are_scored_in_the_precision_of_training(precision: Any, tiny_
     assert (exact == training).all() == (precision is None)
 
 
-@pytest.mark.parametrize("needs", [{"full"}, {"recomputed_logp"}, {"full", "recomputed_logp"}], ids=str)
-def test_a_sequences_piece_is_sent_without_its_micro_batch(needs: set[str], tiny_model_dir: str) -> None:
+@pytest.mark.parametrize("needs", [["full"], ["recomputed_logp"], ["full", "recomputed_logp"]], ids=" ".join)
+def test_a_sequences_piece_is_sent_without_its_micro_batch(needs: list[str], tiny_model_dir: str) -> None:
     rows, module = sequences() * 16, make_module(tiny_model_dir, FullTV())
     module._reference = [module.policy]
 
