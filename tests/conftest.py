@@ -4,7 +4,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from surroundings import TERMINAL, without_the_users_settings
@@ -13,10 +12,8 @@ without_the_users_settings(os.environ)
 
 import limits
 import pytest
-import torch
 from hypothesis import settings
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_models import save_character_tokenizer, save_tiny_llama
 from xdist.scheduler import LoadScopeScheduling
 
 # The same examples every time, and no time limit on one: a test that fails, fails for everybody.
@@ -37,8 +34,6 @@ TOGETHER = {
 
 SLOW_LIMIT = 1800.0
 """Seconds for one test of the slow suite."""
-
-CHARACTERS = [chr(code) for code in range(32, 127)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,27 +71,6 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert not (left := limits.end_what_is_left()), f"left running: {left}"
 
 
-def save_tiny_llama(folder: Path, tied: bool) -> str:
-    """A Llama with 96 words, whose head size vLLM's CPU attention supports; its distributions are far from uniform."""
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with tied embeddings."""
@@ -107,15 +81,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_untied_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny Llama with an output projection of its own."""
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "untied", tied=False)
-
-
-def save_character_tokenizer(folder: str | Path) -> None:
-    """One id for each printable ASCII character, and id 95 for the end: 96 in all, as the tiny Llama has words."""
-    vocabulary = {token: place for place, token in enumerate([*CHARACTERS, "<end>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import save_character_tokenizer
+from small_models import save_character_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config, PhimoeConfig, PreTrainedConfig
 

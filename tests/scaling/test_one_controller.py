@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_character_tokenizer
+from small_models import save_character_tokenizer
 from small_runs import Letters, ShareOf, fit, sgd
 from transformers import BertConfig, BertLMHeadModel
 

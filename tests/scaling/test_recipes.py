@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import save_character_tokenizer, save_tiny_llama
 from pyarrow import Table, parquet
+from small_models import save_character_tokenizer, save_tiny_llama
 from transformers import AutoTokenizer, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dppo_lightning.cli import RecipeReader
