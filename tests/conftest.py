@@ -13,6 +13,7 @@ without_the_users_settings(os.environ)
 import limits
 import pytest
 from hypothesis import settings
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from small_models import save_character_tokenizer, save_tiny_llama
 from xdist.scheduler import LoadScopeScheduling
 
@@ -67,8 +68,14 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in TERMINAL.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["dppo"])  # Lightning warns of pytest's
+        patch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", _start_no_ranks)
         yield
     assert not (left := limits.end_what_is_left()), f"left running: {left}"
+
+
+def _start_no_ranks(launcher: object) -> None:
+    """Of a trainer in the test's own process: Lightning's watch over the ranks would kill that process with them."""
+    pytest.fail("a trainer would start this test run once more as its other rank: see scaling/pool.py for ranks")
 
 
 @pytest.fixture(scope="session")
