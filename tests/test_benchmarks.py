@@ -51,6 +51,7 @@ def test_a_missing_peer_is_one_line(name: str, arguments: list[str], monkeypatch
         module.main()
 
 
+@pytest.mark.slow
 def test_scaling_fits_a_straight_line_and_draws_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_scaling_fits_a_straight_line_and_draws_it(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_sync_sends_the_whole_model(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -85,6 +87,7 @@ def test_bookkeeping_is_measured_by_the_number_of_groups(
     assert min(found["ms_per_completion"].values()) > 0
 
 
+@pytest.mark.slow
 def test_shared_prompts_are_measured_by_shape(
     tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

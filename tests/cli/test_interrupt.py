@@ -68,7 +68,7 @@ def rollouts(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_a_run_with_its_record_written_and_no_process_left(
     staleness: int, tiny_policy_dir: str, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ class Doomed(VLLMEmbedded):
         return found
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_in_the_middle_of_a_step_changes_nothing(tiny_policy_dir: str) -> None:
     data = {"max_new_tokens": 60, "samples_per_prompt": 16, "reward": ShareOf()}
     quiet = fit(tiny_policy_dir, data=data | {"engine": VLLMEmbedded()}, max_steps=3)

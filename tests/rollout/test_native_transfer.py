@@ -254,6 +254,7 @@ print("accepted")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_the_installed_vllm_accepts_what_it_is_sent(tiny_model_dir: str) -> None:
     command = [sys.executable, "-c", IN_VLLM, tiny_model_dir]

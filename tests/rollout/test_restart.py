@@ -94,6 +94,7 @@ def test_killed_while_it_generates_it_gives_what_it_would_have_given(
     assert "restart 1 of at most 3" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_killed_before_it_has_answered_anything_it_gives_the_same_bit_for_bit(case: Case) -> None:
     expected = {completion.request_id: completion for completion in case.generate(LONGS)}
     case.engine.pause()
@@ -107,6 +108,7 @@ def test_killed_before_it_has_answered_anything_it_gives_the_same_bit_for_bit(ca
         assert completion.logp.tobytes() == expected[name].logp.tobytes()
 
 
+@pytest.mark.slow
 def test_killed_between_updates_it_has_the_weights_of_the_last_one(case: Case) -> None:
     new = changed(case.model)
     case.engine.update_weights(weights(new), version=3)
@@ -139,6 +141,7 @@ def test_killed_in_an_update_it_gets_the_new_weights_and_generates_anew_what_was
         assert error(new, completion) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_half_written_weights_are_never_loaded(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -175,6 +178,7 @@ def fails_half_way(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
             raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_says_how_it_died_and_where_the_log_is(
     tiny_model_dir: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -203,6 +207,7 @@ def test_killed_again_and_again_it_says_how_it_died_and_where_the_log_is(
     engine.close()
 
 
+@pytest.mark.slow
 def test_weights_rounded_on_their_way_are_those_that_vllm_would_have_rounded(tiny_model_dir: str) -> None:
     model = changed(AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32))
     engine = VLLMEmbedded(kv_cache_gib=0.25)

@@ -81,7 +81,7 @@ TOLERANCE = 0.07
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_two_ranks_in_16_bits_update_as_one_process_does(
     strategy: str, accumulate: int, expected: Trained, two_ranks: RankPool, rounded_dir: str, bf16_steps: Steps
 ) -> None:

@@ -36,7 +36,7 @@ def test_resume_with_another_number_of_micro_batches(tiny_policy_dir: str, steps
     assert largest_difference(resumed.last, through.last) < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_resume_on_one_rank_from_two(
     strategy: str, two_ranks: RankPool, one_rank: RankPool, tiny_policy_dir: str, steps: Steps, tmp_path: Path
 ) -> None:

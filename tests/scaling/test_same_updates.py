@@ -45,7 +45,7 @@ def test_one_process_with_several_micro_batches(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("optimizer", TOLERANCE)
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_two_ranks(
     strategy: str,
     optimizer: str,
