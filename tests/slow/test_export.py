@@ -31,7 +31,7 @@ from dppo_lightning.lora import LoRA, merged_weights
 from dppo_lightning.policy import Policy
 
 base, out, stage, lora = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, and waits for a lock that a kill left
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a killed build leaves a lock
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
