@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dppo_lightning.batch import Prompt
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts import ReasoningGymPrompts, Shuffled, encode
+from dppo_lightning.records import Prompt
 from dppo_lightning.rewards import ReasoningGymReward
 
 SEED = 0

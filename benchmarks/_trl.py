@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer
 
-from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 from dppo_lightning.rewards import Sample
 
 
@@ -91,7 +91,7 @@ def _padded(sequences: list[Sequence]) -> dict[str, Tensor]:
         "old_per_token_logps": [np.full(long, -10.0, np.float32)] * len(sequences),
     }
     tensors = {name: torch.from_numpy(np.stack(rows)) for name, rows in columns.items()}
-    return tensors | {"advantages": torch.tensor([sequence.advantage for sequence in sequences])}
+    return tensors | {"advantages": torch.tensor([float(sequence.advantage[0]) for sequence in sequences])}
 
 
 class Timed:

@@ -15,9 +15,9 @@ from typing import Any
 from _common import arguments, machine, print_result, print_table
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.batch import Completion, Prompt
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts import Shuffled
+from dppo_lightning.records import Completion, Prompt
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rewards.base import Sample
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Request, Sampling

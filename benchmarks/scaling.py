@@ -23,8 +23,9 @@ from _sequences import make_sequences
 from head import in_new_process
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dppo_lightning.batch import pack, split_by_tokens
+from dppo_lightning.batch import pack
 from dppo_lightning.objective import Objective, ReferenceKL
+from dppo_lightning.packing import split_by_tokens
 from dppo_lightning.policy import Policy
 from dppo_lightning.trust_region import BinaryTV
 
@@ -60,7 +61,7 @@ class Step:
         count = max(tokens // (PROMPT + completion), 1)
         sequences = make_sequences(count, 1, PROMPT, (completion, completion), words)
         parts = split_by_tokens(sequences, max(tokens // MICRO_BATCH, 1), "packed")
-        self.batches = [pack(part, np.full(len(part), 1 / count), "packed") for part in parts]
+        self.batches = [pack([sequences[i] for i in p], np.full(len(p), 1 / count), "packed") for p in parts]
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

@@ -32,10 +32,11 @@ from _gate import ROOT, Gated, steps_in_turn
 from _sequences import make_sequences
 
 from dppo_lightning import packing
-from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.batch import TrainingBatch, pack
 from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.packing import Layout, worth_sharing
+from dppo_lightning.packing import Layout, split_by_tokens, worth_sharing
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Sequence
 from dppo_lightning.trust_region import BinaryTV
 
 LONG_PROMPT = (256, 8, 64)
@@ -50,7 +51,7 @@ class Ours:
 
     def __init__(self, policy: Policy, sequences: list[Sequence], parts: int, layout: Layout) -> None:
         self.policy, self.objective = policy, Objective(BinaryTV(), ReferenceKL())
-        split = split_by_tokens(sequences, parts, layout)
+        split = [[sequences[i] for i in part] for part in split_by_tokens(sequences, parts, layout)]
         self.batches = [pack(part, np.full(len(part), 1 / len(sequences)), layout) for part in split]
 
     def __call__(self) -> None:

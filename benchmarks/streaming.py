@@ -18,11 +18,11 @@ from typing import Any
 from _common import arguments, machine, print_result, print_table
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.batch import Prompt
 from dppo_lightning.callbacks.curves import read_metrics
 from dppo_lightning.callbacks.timeline_log import LANES, read_timeline
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts import Shuffled
+from dppo_lightning.records import Prompt
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rewards.base import Sample
 from dppo_lightning.rollout.engine import EngineSpec, Sampling

@@ -1,4 +1,4 @@
-"""AdvantageEstimator: rewards of groups in, one advantage for each completion out."""
+"""AdvantageEstimator: rewarded groups in, an advantage for every generated token out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dppo_lightning.errors import ConfigError
+from dppo_lightning.records import Group
 
 NO_SIGNAL = 1e-6
 """Rewards of a group that differ by less teach nothing: their advantages are all zero."""
@@ -27,6 +28,21 @@ class AdvantageEstimator(ABC):
     @abstractmethod
     def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Advantages of one rollout: for each group its [G] rewards in, its [G] advantages out (float64)."""
+
+    def per_token(self, groups: Sequence[Group], rewards: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Advantages of one rollout, token by token; override it where the tokens of a completion differ.
+
+        Args:
+            groups: Complete groups, with texts and rewards.
+            rewards: For each group [G] float64: its rewards, less what is subtracted from them (KL in the reward).
+
+        Returns:
+            For each group, for each of its completions [T] float64.
+        """
+        return [
+            [np.full(len(completion), advantage) for completion, advantage in zip(group.completions, mine, strict=True)]
+            for group, mine in zip(groups, self.estimate(rewards), strict=True)
+        ]
 
     def check(self, samples_per_prompt: int) -> None:
         """Refuse a group size with which every advantage would be zero.

@@ -11,84 +11,24 @@ variable-length flash attention would also leave out the copies of the shared ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dppo_lightning.packing import Block, SegmentLayout
+
 NAME = "dppo_segments"
 
 UNUSED = (1, 1, 1, 1)
 """Shape of the attention mask that goes with segments, which say all of it. With none, transformers would look at the
 positions, find several sequences in the row, and build a mask of [T, T]."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """``length`` tokens from ``start`` of the row that see themselves causally and all of ``context``, if any."""
-
-    start: int
-    length: int
-    context: Segment | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """b segments of like length, padded to Q own tokens and P tokens of context, for one call of the kernel.
-
-    Attributes:
-        own: [b, Q] int64, places in the row; padding repeats the segment's first token.
-        context: [b, P] int64, or None where no segment continues another.
-        mask: [b or 1, 1, Q, P + Q] bool, what a token sees of (context, own); None for purely causal.
-    """
-
-    own: Int[Tensor, "b Q"]
-    context: Int[Tensor, "b P"] | None
-    mask: Bool[Tensor, "b 1 Q K"] | None
-
-    def to(self, device: torch.device | str) -> Block:
-        return replace(self, **_moved(self, device))
-
-
-@dataclass(frozen=True)
-class SegmentLayout:
-    """How a row of T tokens attends.
-
-    Attributes:
-        blocks: Together they hold every token as its own exactly once.
-        place: [T] int64, where the blocks' outputs, flattened one after another, hold each token.
-    """
-
-    blocks: tuple[Block, ...]
-    place: Int[Tensor, " T"]
-
-    @classmethod
-    def of(cls, segments: list[Segment]) -> SegmentLayout:
-        """Gather segments of like length into blocks; together they cover the row."""
-        alike: dict[tuple[int, int], list[Segment]] = {}
-        for segment in segments:
-            size = (_size_class(segment.length), _size_class(segment.context.length if segment.context else 0))
-            alike.setdefault(size, []).append(segment)
-        place = np.empty(sum(segment.length for segment in segments), np.int64)
-        blocks, offset = [], 0
-        for members in alike.values():
-            block = _block(members)
-            for index, segment in enumerate(members):
-                begin = offset + index * block.own.shape[1]
-                place[segment.start : segment.start + segment.length] = np.arange(begin, begin + segment.length)
-            offset += block.own.numel()
-            blocks.append(block)
-        return cls(tuple(blocks), torch.from_numpy(place))
-
-    def to(self, device: torch.device | str) -> SegmentLayout:
-        return SegmentLayout(tuple(block.to(device) for block in self.blocks), self.place.to(device))
 
 
 def supports_segments(model: PreTrainedModel) -> bool:
@@ -178,42 +118,6 @@ def _attend(
 
 def _rows(x: Float[Tensor, "1 h T d"]) -> Float[Tensor, "T hd"]:
     return x[0].transpose(0, 1).flatten(1)
-
-
-def _size_class(length: int) -> int:
-    """Lengths of one class differ by less than a third, or by less than 16 tokens."""
-    return 0 if length == 0 else 1 + int(np.log(max(length, 16) / 16) / np.log(4 / 3))
-
-
-def _block(members: list[Segment]) -> Block:
-    own = _places(members)
-    lengths = np.array([member.context.length if member.context else 0 for member in members])
-    width, past = own.shape[1], int(lengths.max())
-    if past == 0:
-        return Block(torch.from_numpy(own), None, None)
-    context = _places([member.context for member in members if member.context])
-    if (lengths == past).all():
-        lengths = lengths[:1]
-    seen = np.arange(past) < lengths[:, None, None, None]
-    causal = np.tril(np.ones((1, 1, width, width), bool))
-    shape = (len(lengths), 1, width)
-    mask = np.concatenate([np.broadcast_to(seen, (*shape, past)), np.broadcast_to(causal, (*shape, width))], axis=3)
-    return Block(torch.from_numpy(own), torch.from_numpy(context), torch.from_numpy(mask))
-
-
-def _places(segments: list[Segment]) -> np.ndarray:
-    """[b, longest] places in the row, padding repeats the first."""
-    steps = np.arange(max(segment.length for segment in segments))
-    lengths = np.array([[segment.length] for segment in segments])
-    return np.array([[segment.start] for segment in segments]) + np.where(steps < lengths, steps, 0)
-
-
-def _moved(record: Any, device: torch.device | str) -> dict[str, Tensor]:
-    return {
-        item.name: value.to(device, non_blocking=True)
-        for item in fields(record)
-        if isinstance(value := getattr(record, item.name), Tensor)
-    }
 
 
 AttentionInterface.register(NAME, segment_attention)

@@ -41,7 +41,7 @@ from dppo_lightning.commands import (
     underscored,
 )
 from dppo_lightning.doctor import doctor
-from dppo_lightning.errors import ConfigError, DPPOError
+from dppo_lightning.errors import ConfigError, DPPOError, Requeued
 from dppo_lightning.generation import GeneratingTrainer
 from dppo_lightning.metrics_file import MetricsFile
 from dppo_lightning.module import DPPOModule
@@ -49,7 +49,7 @@ from dppo_lightning.parsing import OneLineParser
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.transformers_engine import TransformersEngine  # noqa: F401  # known by its short name
 from dppo_lightning.rollout.vllm_remote import VLLMRemote  # noqa: F401  # known by its short name
-from dppo_lightning.scaling.requeue import Requeued, checkpoint_to_continue
+from dppo_lightning.scaling.requeue import checkpoint_to_continue
 from dppo_lightning.scaling.slurm_run import SlurmRun, default_run_dir
 from dppo_lightning.scaling.strategies import check_strategy
 

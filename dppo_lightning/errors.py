@@ -1,4 +1,4 @@
-"""The exceptions for what a user can cause; the command line prints each as one line and exits with code 2."""
+"""The exceptions of the package; the command line prints a DPPOError as one line and exits with code 2."""
 
 
 class DPPOError(Exception):
@@ -27,6 +27,10 @@ class SyncError(DPPOError, RuntimeError):
 
 class RankError(DPPOError, RuntimeError):
     """Something went wrong on one of several ranks; the same line on all of them names the rank and the cause."""
+
+
+class Requeued(Exception):
+    """The run is saved and its job is queued again: this process has nothing more to do, and nothing went wrong."""
 
 
 def reason(error: BaseException) -> str:

@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 from dppo_lightning.checkpoint_files import find_checkpoint, read_weights
 from dppo_lightning.errors import ConfigError, DataError
 from dppo_lightning.lora import LoRA, adapt, adapter_weights, merged_weights, peft_config
-from dppo_lightning.policy import load_config, load_tokenizer
 from dppo_lightning.prepare import check_free, sibling
+from dppo_lightning.pretrained import load_config, load_tokenizer
 
 PREFIX = "policy.model."
 """What the policy's weights are called in a checkpoint, before their Hugging Face names."""

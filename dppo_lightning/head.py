@@ -10,30 +10,19 @@ every token. A region of scope "sequence" costs one more pass, 8 N H V: log-prob
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.logits import (
-    Gradients,
-    LogitTransform,
-    Tables,
-    entropy_of,
-    gather,
-    logit_gradient_,
-    normalise_,
-    product_dtype_of,
-    sums_in_float32,
-    unrounded_product,
-)
+from dppo_lightning.logits import Gradients, Tables, entropy_of, gather, logit_gradient_, normalise_, product_dtype_of
 from dppo_lightning.objective import Objective, TokenLoss
-from dppo_lightning.scaling.weights import full_copy
+from dppo_lightning.projection import Projection
 from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens, concatenated
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
@@ -67,41 +56,8 @@ class HeadOutput(NamedTuple):
     diagnostics: Mapping[str, Float[Tensor, " N"]]
 
 
-class PolicyHead(nn.Module):
-    """Log-probs, region and gradient over a language model's output projection.
-
-    The head holds the projection's own parameters (the same objects, so tied embeddings stay tied) and every use goes
-    through ``forward``: hooks that gather sharded parameters fire for it.
-
-    Args:
-        projection: The model's output projection, ``weight`` [V, H] and optional ``bias`` [V].
-        transform: From its product to the logits that are sampled from.
-        logits_mib: Memory of one chunk of fp32 logits, in MiB; a chunk holds at least one token. Two such tables are
-            alive at a time; with bf16 products half a table more.
-    """
-
-    def __init__(self, projection: nn.Module, transform: LogitTransform, logits_mib: int = 64) -> None:
-        super().__init__()
-        self.weight: nn.Parameter = projection.weight  # type: ignore[assignment]
-        self.bias: nn.Parameter | None = getattr(projection, "bias", None)
-        self.transform = transform
-        self.logits_mib = logits_mib
-        self.rollout_weight: Tensor | None = None
-        self.rollout_bias: Tensor | None = None
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype of the head's matrix products here and now: autocast's where it is on, else the weight's."""
-        return product_dtype_of(self.weight)
-
-    def remember_rollout(self) -> None:
-        """Keep a copy of the projection as it is now, for regions that compare whole distributions ("full").
-
-        In the dtype of the products, [V, H]: another one would round mu otherwise than pi, and a policy that has not
-        moved would have a divergence.
-        """
-        self.rollout_weight = full_copy(self.weight).to(self.product_dtype)
-        self.rollout_bias = None if self.bias is None else full_copy(self.bias)
+class PolicyHead(Projection):
+    """Log-probs, region and gradient over a language model's output projection, see ``Projection``."""
 
     def forward(
         self,
@@ -122,7 +78,7 @@ class PolicyHead(nn.Module):
         """
         if objective is None:
             with torch.no_grad():
-                return self._logp(hidden, batch)
+                return self.logp(hidden, batch.targets)
         if self.product_dtype == torch.float16:  # by whatever way: see precision.py
             raise ConfigError(
                 "a policy in float16 loses the small gradients of the head: set trainer.precision bf16-mixed"
@@ -130,55 +86,6 @@ class PolicyHead(nn.Module):
         work = _Work(self, batch, objective, diagnostics or {}, entropy)
         loss = _GradientInForward.apply(hidden, self.weight, self.bias, work)
         return work.output(loss)
-
-    def _logp(self, hidden: Float[Tensor, "N H"], batch: TrainingBatch) -> Float[Tensor, " N"]:
-        logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        weight = self.weight.to(self.product_dtype)
-        for rows in self.chunks(len(hidden)):
-            logits = self.logits(hidden[rows], weight, self.bias)
-            logits.sub_(logits.amax(dim=-1, keepdim=True))
-            sampled = gather(logits, batch.targets[rows])
-            logp[rows] = sampled - logits.exp_().sum(dim=-1).log()
-        return logp
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens in a chunk, at most."""
-        return max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of equal size, at most what the memory budget allows; none where there are no tokens.
-
-        Equal, because every chunk costs a pass over the gradient of the whole weight, however few tokens it has.
-        """
-        most = self.most_tokens
-        size = math.ceil(tokens / max(math.ceil(tokens / most), 1))
-        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1)))
-
-    def logits(
-        self,
-        hidden: Float[Tensor, "n H"],
-        weight: Float[Tensor, "V H"],
-        bias: Float[Tensor, " V"] | None,
-        tables: Tables | None = None,
-    ) -> Float[Tensor, "n V"]:
-        """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's.
-
-        On the CPU a bf16 product is not rounded to bf16: rounded logits put the entropy of a token off by 3e-3 nats.
-        The bias is added to float32, whatever the product was rounded to.
-        """
-        dtype, n = product_dtype_of(weight), len(hidden)
-        if sums_in_float32(dtype, hidden.device):
-            logits = unrounded_product(hidden, weight, None if tables is None else tables.logits[:n])
-        else:
-            room = None if tables is None else tables.product[:n]
-            product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
-            logits = product.float() if tables is None else tables.logits[:n]
-            if tables is not None and dtype != torch.float32:
-                logits.copy_(product)
-        if bias is not None:
-            logits += bias
-        return self.transform.apply_(logits)
 
 
 class _Work:

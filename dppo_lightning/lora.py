@@ -8,13 +8,11 @@ given W + (alpha / rank) B A under W's own name, one matrix at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,10 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.optional import require
 from dppo_lightning.scaling.weights import gathered_weights
-
-if TYPE_CHECKING:
-    from dppo_lightning.batch import TrainingBatch
-    from dppo_lightning.policy import Policy
 
 ADAPTER = "default"
 
@@ -118,41 +112,6 @@ def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
             raise ConfigError(f"model.lora.target_modules: {target!r} {what}; {hint}")
     return list(lora.target_modules)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before ``adapt``, for as long as the context lasts; for passes without gradient."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-class Unadapted:
-    """The reference of a policy with adapters: the same model without them. Nothing is copied.
-
-    Args:
-        policy: Its log-probs are those of the model that was loaded, whenever they are asked of this object.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def to(self, device: torch.device) -> Unadapted:
-        """Nothing to move: the policy is where it trains."""
-        return self
-
-    def logp(self, batch: TrainingBatch) -> Float[Tensor, " N"]:
-        """Log-probs of the generated tokens, without gradient."""
-        with adapters_off(self.policy.model):
-            return self.policy.logp(batch)
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.policy import load_config
+from dppo_lightning.pretrained import load_config
 
 MIB, GIB = 2**20, 2**30
 CUDA_CONTEXT = 1 * GIB

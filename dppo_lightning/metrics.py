@@ -1,4 +1,4 @@
-"""Every logged name, defined once with its meaning, and the means over an optimizer step's micro-batches."""
+"""Every logged name, defined once with its meaning; values of an optimizer step, its groups, an evaluation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
 
+from dppo_lightning.advantage import without_signal
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.head import HeadOutput
 from dppo_lightning.objective import kl_estimate
+from dppo_lightning.records import Group
 
 Kind = Literal["sum", "mean", "max"]
 
@@ -185,3 +188,47 @@ def _over_ranks(totals: dict[str, _Total]) -> dict[str, _Total]:
         for name, total in theirs.items():
             joined[name] = joined[name].plus(total) if name in joined else total
     return joined
+
+
+def group_metrics(groups: list[Group]) -> dict[str, float]:
+    """``train/...``: rewards and lengths of the groups that an optimizer step trains on; nothing of no group."""
+    if not groups:
+        return {}
+    rewards = np.concatenate([np.asarray(group.rewards) for group in groups])
+    completions = [completion for group in groups for completion in group.completions]
+    return {
+        "train/reward": float(rewards.mean()),
+        "train/reward_std": float(rewards.std()),
+        "train/length": float(np.mean([len(completion) for completion in completions])),
+        "train/truncated": float(np.mean([completion.finish_reason == "length" for completion in completions])),
+        "train/no_signal": float(np.mean([without_signal(np.asarray(group.rewards)) for group in groups])),
+        **_reward_parts(groups, "train"),
+    }
+
+
+def heldout_metrics(groups: list[Group], solved_at: float) -> dict[str, float]:
+    """Means over held-out prompts.
+
+    Args:
+        groups: Rewarded; one for each held-out prompt, k completions each.
+        solved_at: A completion is solved when its reward is at least this.
+
+    Returns:
+        ``heldout/reward``; ``heldout/avg_at_k``: mean share solved; ``heldout/pass_at_k``: share of prompts with at
+        least one solved; ``heldout/length``: in tokens; ``heldout/part/<name>``: means of the reward's parts.
+    """
+    solved = [np.asarray(group.rewards) >= solved_at for group in groups]
+    return {
+        "heldout/reward": float(np.mean([np.mean(np.asarray(group.rewards)) for group in groups])),
+        "heldout/avg_at_k": float(np.mean([mine.mean() for mine in solved])),
+        "heldout/pass_at_k": float(np.mean([mine.any() for mine in solved])),
+        "heldout/length": float(np.mean([len(c) for group in groups for c in group.completions])),
+        **_reward_parts(groups, "heldout"),
+    }
+
+
+def _reward_parts(groups: list[Group], prefix: str) -> dict[str, float]:
+    """Mean of each named part of the reward over the completions for which it was reported."""
+    names = dict.fromkeys(name for group in groups for name in group.reward_parts)
+    parts = {name: np.concatenate([g.reward_parts[name] for g in groups if name in g.reward_parts]) for name in names}
+    return {f"{prefix}/part/{name}": float(np.nanmean(values)) for name, values in parts.items()}

@@ -22,10 +22,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dppo_lightning import attention
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.logits import LogitTransform
 from dppo_lightning.packing import Layout
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.scaling.weights import in_shards, whole_as_it_runs
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,27 +17,24 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from dppo_lightning.advantage import AdvantageEstimator, GroupMean
 from dppo_lightning.aggregation import Aggregation, sequence_weights
-from dppo_lightning.batch import Group, Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.evaluation import heldout_metrics
-from dppo_lightning.lora import LoRA, Unadapted
-from dppo_lightning.metrics import StepMetrics, check_names
-from dppo_lightning.objective import Objective, ReferenceKL, kl_estimate
+from dppo_lightning.lora import LoRA
+from dppo_lightning.metrics import StepMetrics, check_names, heldout_metrics
+from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.packing import Layout
-from dppo_lightning.policy import Policy
+from dppo_lightning.policy import Policy, Unadapted
 from dppo_lightning.precision import check_precision
+from dppo_lightning.records import Group, Sequence
 from dppo_lightning.rollout.parity import LIMITS, ParityProbe
 from dppo_lightning.rollout.weight_sync import WeightSync
-from dppo_lightning.scaling.controller import Work
 from dppo_lightning.scaling.resume import count_batches_anew
-from dppo_lightning.scaling.sharding import scoring, shard, shard_frozen
+from dppo_lightning.scaling.sharding import gradient_norm, shard, shard_frozen
 from dppo_lightning.scaling.strategies import check_strategy
-from dppo_lightning.scaling.weights import gradient_norm
 from dppo_lightning.scaling.zero import gradient_norm_of_step
-from dppo_lightning.step_choice import choose_over_step, statistics
+from dppo_lightning.scoring import Scorer
 from dppo_lightning.timeline import Span
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
@@ -61,7 +58,6 @@ class DPPOModule(pl.LightningModule):
     Args:
         policy: Hugging Face id or folder of the causal language model to train.
         trust_region: How far the policy may move from the one that generated the data; BinaryTV(0.15) when None.
-        advantage: From rewards to advantages; GroupMean when None.
         aggregation: How token losses become one number, see aggregation.py.
         constant_length: Divisor of the aggregation "seq-sum-constant", in tokens.
         optimizer: From parameters to an optimizer.
@@ -86,7 +82,6 @@ class DPPOModule(pl.LightningModule):
         self,
         policy: str,
         trust_region: TrustRegion | None = None,
-        advantage: AdvantageEstimator | None = None,
         aggregation: Aggregation = "seq-mean-token-sum",
         constant_length: int | None = None,
         optimizer: OptimizerCallable = _adamw,
@@ -109,7 +104,6 @@ class DPPOModule(pl.LightningModule):
         self.policy_name = policy
         self.lora = lora
         self.frozen = tuple(frozen or ())
-        self.advantage = GroupMean() if advantage is None else advantage
         self.aggregation: Aggregation = aggregation
         self.constant_length = constant_length
         self.make_optimizer = optimizer
@@ -124,6 +118,7 @@ class DPPOModule(pl.LightningModule):
         self.policy: Policy | None = None
         # in a list, so that it is no submodule: never trained, saved or sharded
         self._reference: list[Policy | Unadapted] = []
+        self._scorer: Scorer | None = None
         self._as_loaded = True  # the policy has the weights of its folder
         self._steps_of_weights = 0  # outside of training: optimizer steps that the weights in memory have seen
         self._step = 0  # that the present micro-batch belongs to
@@ -164,9 +159,52 @@ class DPPOModule(pl.LightningModule):
         return self.policy.layout
 
     @property
-    def penalises_reward(self) -> bool:
-        """Whether KL to the reference is subtracted from the reward."""
-        return self.kl.coefficient > 0 and self.kl.where == "reward"
+    def penalty(self) -> Callable[[list[Group]], list[np.ndarray]] | None:
+        """KL to the reference that is subtracted from the rewards, where it is, see ``Scorer.penalty``."""
+        in_reward = self.kl.coefficient > 0 and self.kl.where == "reward"
+        return partial(self.scorer.penalty, kl=self.kl) if in_reward else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that every rank must have alike."""
+        return {
+            "model.policy": self.policy_name,
+            "model.trust_region": self.region.describe(),
+            "model.aggregation": self.aggregation,
+        }
+
+    @property
+    def scorer(self) -> Scorer:
+        """Passes without gradient; made with the policy."""
+        assert self._scorer is not None
+        return self._scorer
+
+    def weights(self, counts: np.ndarray) -> np.ndarray:
+        """See aggregation.py: [B] tokens of a step's sequences to the share of one of each one's tokens in the loss."""
+        return sequence_weights(self.aggregation, counts, self.constant_length)
+
+    def check_staleness(self, ahead: int) -> None:
+        """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
+
+        Args:
+            ahead: Largest age of a token at a rollout's first step, in optimizer steps.
+
+        Raises:
+            ConfigError: The region or the diagnostics need "full", and ``ahead`` is above 0.
+        """
+        if not ahead or "full" not in self.needs:
+            return
+        kept = "the whole vocabulary's distribution is kept for the weights at a rollout's first step alone"
+        if "full" in self.region.needs:
+            raise ConfigError(
+                f"{type(self.region).__name__} needs the weights that sampled each token, and {kept}: set "
+                f"data.streaming.max_staleness to 0, got {ahead}, or use a Top-K region, whose log-probs the engine "
+                "records"
+            )
+        raise ConfigError(
+            f"model.divergence_diagnostics needs the weights that sampled each token, and {kept}: set it to false, or "
+            f"data.streaming.max_staleness to 0, got {ahead}"
+        )
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """None. It is Lightning's first hook: before ranks meet, a model is loaded, or an engine is started.
@@ -185,6 +223,8 @@ class DPPOModule(pl.LightningModule):
             ConfigError: A model cannot be used, on a single rank; on several each ends with the same RankError.
         """
         if self.policy is not None:
+            if self._scorer is None or self._scorer.controller is not self.data.controller:
+                self._connect_ranks()
             return
         with self.data.together():
             self._load()
@@ -215,6 +255,19 @@ class DPPOModule(pl.LightningModule):
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
         self.policy = policy
+        self._connect_ranks()
+
+    def _connect_ranks(self) -> None:
+        """Make what rank 0 can ask of every rank; a data module that is set up again has another controller."""
+        assert self.policy is not None
+        self._scorer = Scorer(
+            self.policy,
+            self._reference[0] if self._reference else None,
+            self.trainer.strategy,
+            self.data.controller,
+            self.data.steps_per_rollout * self.trainer.accumulate_grad_batches,
+        )
+        self._gather_task = self.data.controller.task(self._run_through_weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._as_loaded = False
@@ -330,7 +383,8 @@ class DPPOModule(pl.LightningModule):
         if stream.sync is None:
             stream.sync = self._make_sync()
         if not stream.sync.in_force(version):
-            weights = data.controller.beside("weights", self.policy.weights_for(data.engine))
+            named = self.policy.weights_for(data.engine.adapter_rank)
+            weights = data.controller.beside(self._gather_task, named)
             with data.timeline.measure("sync", version), stream.updating(version):
                 stream.sync.push(weights, version)
         report = stream.sync.report
@@ -350,7 +404,7 @@ class DPPOModule(pl.LightningModule):
         prompts = data.heldout_prompts or data.train_prompts
         assert data.stream is not None
         probe = ParityProbe(
-            data.stream.inbox, prompts, data.sampling, dtype, data.parity_tolerance, partial(self._score, "policy")
+            data.stream.inbox, prompts, data.sampling, dtype, data.parity_tolerance, self.scorer.policy_logp
         )
         # with an adapter rank the engine answers nothing before its first update
         return WeightSync(probe, as_loaded=self._as_loaded and data.engine.adapter_rank is None)
@@ -358,12 +412,14 @@ class DPPOModule(pl.LightningModule):
     def annotate(self, sequences: list[Sequence]) -> None:
         """Before a rollout's first step: what is needed of the policy as it is now, and of the reference.
 
-        For "recomputed_logp" and "full" together one pass; what is not needed is not computed.
+        For "recomputed_logp" and "full" together one pass; what is not needed is not computed. At ``max_staleness`` 0
+        that policy is the one that sampled; above 0 it is not, and "full" is refused.
         """
-        if self.needs & {"recomputed_logp", "full"}:
-            self._remember_rollout(sequences, self.needs)
+        remembered = self.needs & {"recomputed_logp", "full"}
+        if remembered:
+            self.scorer.remember(sequences, remembered)
         if self._reference and sequences and sequences[0].reference_logp is None:
-            for sequence, logp in zip(sequences, self._score("reference", sequences), strict=True):
+            for sequence, logp in zip(sequences, self.scorer.reference_logp(sequences), strict=True):
                 sequence.reference_logp = logp
 
     def choose(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
@@ -373,116 +429,16 @@ class DPPOModule(pl.LightningModule):
         """
         if "chosen" not in self.region.needs:
             return batches
-        assert self.policy is not None
         started = time.perf_counter()
-        with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():
-            mine = [statistics(batch, self.policy.logp(batch.to(self.device))) for batch in batches]
-        ranks = self.data.ranks
-        assert ranks is not None
-        step = ranks.everyone(mine)
-        chosen = iter(choose_over_step(self.region, [tokens for theirs in step for tokens in theirs]))
-        shares = [[next(chosen) for _ in theirs] for theirs in step]
+        chosen = self.scorer.choose(self.region, batches)
         self._pending["time/choose"] = time.perf_counter() - started
-        return [replace(batch, chosen=one) for batch, one in zip(batches, shares[ranks.rank], strict=True)]
-
-    def reward_penalty(self, groups: list[Group]) -> list[np.ndarray]:
-        """beta * sum over each completion's tokens of the estimated KL to the reference."""
-        rows = [group.sequences() for group in groups]
-        scored = iter(self._score("reference", [sequence for mine in rows for sequence in mine]))
-        costs = []
-        for group, mine in zip(groups, rows, strict=True):
-            group.reference_logp = [next(scored) for _ in mine]  # for the metrics of training, too
-            totals = iter(
-                float(kl_estimate(torch.from_numpy(row.rollout_logp), torch.from_numpy(logp), self.kl.kind).sum())
-                for row, logp in zip(mine, group.reference_logp, strict=True)
-            )
-            costs.append(np.array([next(totals) if len(completion) else 0.0 for completion in group.completions]))
-        return [self.kl.coefficient * cost for cost in costs]
-
-    def _remember_rollout(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
-        """Keep the policy as the first step on the rollout finds it: log-probs [T] ("recomputed_logp"); hidden states
-        [T, H] and the projection [V, H] ("full").
-
-        At ``max_staleness`` 0 it is the policy that sampled; above 0 it is not, and "full" is refused.
-        """
-        for sequence, (hidden, logp) in zip(sequences, self._everyone("remember", needs, sequences), strict=True):
-            sequence.rollout_hidden = hidden
-            sequence.recomputed_logp = logp
-
-    def _score(self, which: Literal["policy", "reference"], sequences: list[Sequence]) -> list[np.ndarray]:
-        """Log-probs [T] of each sequence's generated tokens, in the precision of training."""
-        return self._everyone("score", which, sequences)
-
-    def _everyone(self, work: str, how: Any, sequences: list[Sequence]) -> list[Any]:
-        """On rank 0: have every rank do a no-gradient pass over its part of the sequences; a result for each of them.
-
-        Every rank gets as many micro-batches, of the size of training's: a model in shards needs all ranks in each.
-        """
-        ranks = self.trainer.world_size
-        each = self.data.steps_per_rollout * self.trainer.accumulate_grad_batches
-        each = min(each, max(1, -(-len(sequences) // ranks)))
-        parts = split_by_tokens(sequences, each * ranks, self.layout)
-        shares = [(how, parts[rank * each : (rank + 1) * each]) for rank in range(ranks)]
-        done = self.data.controller.everyone(work, shares)
-        found: dict[int, Any] = {}
-        for (_, mine), results in zip(shares, done, strict=True):
-            found |= zip((id(sequence) for part in mine for sequence in part), results, strict=True)
-        return [found[id(sequence)] for sequence in sequences]
-
-    def _score_share(self, share: tuple[str, list[list[Sequence]]]) -> list[np.ndarray]:
-        """On every rank: log-probs of each sequence of its parts."""
-        which, parts = share
-        assert self.policy is not None
-        policy = self.policy if which == "policy" else self._reference[0]
-        policy.to(self.device)
-        found: list[np.ndarray] = []
-        with scoring(self.trainer.strategy), self.trainer.precision_plugin.forward_context():
-            for part, batch in self._packed(parts):
-                pieces = policy.logp(batch).cpu().split([sequence.tokens for sequence in part])
-                found += [piece.numpy() for piece in pieces]
-        return found
-
-    def _remember_share(
-        self, share: tuple[frozenset[str], list[list[Sequence]]]
-    ) -> list[tuple[Tensor | None, np.ndarray | None]]:
-        """On every rank: hidden states and log-probs under the weights as they are now, each where it is needed."""
-        needs, parts = share
-        assert self.policy is not None
-        head = self.policy.head
-        found: list[tuple[Tensor | None, np.ndarray | None]] = []
-        strategy = self.trainer.strategy
-        with scoring(strategy), torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            if "full" in needs:
-                head.remember_rollout()
-            for part, batch in self._packed(parts):
-                hidden = self.policy.hidden_states(batch)
-                counts = [sequence.tokens for sequence in part]
-                states: list[Any] = [None] * len(part)
-                logps: list[Any] = [None] * len(part)
-                if "full" in needs:
-                    # in the products' dtype, to which the head would round them anyway
-                    whole = hidden.to(head.product_dtype).cpu()
-                    # copies: a view is sent to rank 0 with all that it is a view of
-                    states = [piece.clone() for piece in whole.split(counts)]
-                if "recomputed_logp" in needs:
-                    logps = [piece.numpy() for piece in head(hidden, batch).cpu().split(counts)]
-                found += zip(states, logps, strict=True)
-        return found
+        return [replace(batch, chosen=one) for batch, one in zip(batches, chosen, strict=True)]
 
     def _run_through_weights(self, share: None) -> None:
         """On the ranks beside rank 0, while it reads the weights: take part in gathering them."""
         assert self.policy is not None
-        for _ in self.policy.weights_for(self.data.engine):
+        for _ in self.policy.weights_for(self.data.engine.adapter_rank):
             pass
-
-    @property
-    def work(self) -> dict[str, Work]:
-        """What rank 0 can ask of every rank."""
-        return {"score": self._score_share, "remember": self._remember_share, "weights": self._run_through_weights}
-
-    def _packed(self, parts: list[list[Sequence]]) -> Iterator[tuple[list[Sequence], TrainingBatch]]:
-        for part in parts:
-            yield part, pack(part, np.zeros(len(part)), self.layout).to(self.device)
 
     def on_validation_start(self) -> None:
         self._validation_started = time.perf_counter()

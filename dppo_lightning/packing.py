@@ -1,4 +1,4 @@
-"""How sequences lie in the row or rows of ids that a model is given: the part of batch.py that is about layout.
+"""How sequences lie in the row or rows of ids that a model is given, and what each of them attends to there.
 
 Two layouts. "rows" is one row a sequence, padded on the right: any causal model runs it, and nothing real sees padding.
 "packed" is a single row without padding, in which sequences that begin alike have their beginning once (a group's
@@ -12,17 +12,15 @@ In both, ids after the last position that predicts a generated token are left ou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dppo_lightning.attention import Segment, SegmentLayout
-
-if TYPE_CHECKING:
-    from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 
 Layout = Literal["rows", "packed"]
 
@@ -45,6 +43,67 @@ def worth_sharing(beginning: int, lengths: Iterable[int]) -> bool:
     continued = list(lengths)
     spared = beginning * (len(continued) - 1)
     return beginning >= SHORTEST_SHARED and spared > sum(length**2 for length in continued) / MASKED
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``length`` tokens from ``start`` of the row that see themselves causally and all of ``context``, if any."""
+
+    start: int
+    length: int
+    context: Segment | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """b segments of like length, padded to Q own tokens and P tokens of context, for one call of the kernel.
+
+    Attributes:
+        own: [b, Q] int64, places in the row; padding repeats the segment's first token.
+        context: [b, P] int64, or None where no segment continues another.
+        mask: [b or 1, 1, Q, P + Q] bool, what a token sees of (context, own); None for purely causal.
+    """
+
+    own: Int[Tensor, "b Q"]
+    context: Int[Tensor, "b P"] | None
+    mask: Bool[Tensor, "b 1 Q K"] | None
+
+    def to(self, device: torch.device | str) -> Block:
+        return replace(self, **_moved(self, device))
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """How a row of T tokens attends.
+
+    Attributes:
+        blocks: Together they hold every token as its own exactly once.
+        place: [T] int64, where the blocks' outputs, flattened one after another, hold each token.
+    """
+
+    blocks: tuple[Block, ...]
+    place: Int[Tensor, " T"]
+
+    @classmethod
+    def of(cls, segments: list[Segment]) -> SegmentLayout:
+        """Gather segments of like length into blocks; together they cover the row."""
+        alike: dict[tuple[int, int], list[Segment]] = {}
+        for segment in segments:
+            size = (_size_class(segment.length), _size_class(segment.context.length if segment.context else 0))
+            alike.setdefault(size, []).append(segment)
+        place = np.empty(sum(segment.length for segment in segments), np.int64)
+        blocks, offset = [], 0
+        for members in alike.values():
+            block = _block(members)
+            for index, segment in enumerate(members):
+                begin = offset + index * block.own.shape[1]
+                place[segment.start : segment.start + segment.length] = np.arange(begin, begin + segment.length)
+            offset += block.own.numel()
+            blocks.append(block)
+        return cls(tuple(blocks), torch.from_numpy(place))
+
+    def to(self, device: torch.device | str) -> SegmentLayout:
+        return SegmentLayout(tuple(block.to(device) for block in self.blocks), self.place.to(device))
 
 
 @dataclass(frozen=True)
@@ -127,8 +186,8 @@ def _in_one_row(sequences: list[Sequence]) -> LaidOut:
     )
 
 
-def split_by_tokens(sequences: list[Sequence], parts: int, layout: Layout = "rows") -> list[list[Sequence]]:
-    """Split into ``parts`` lists of nearly equal numbers of tokens to forward.
+def split_by_tokens(sequences: list[Sequence], parts: int, layout: Layout = "rows") -> list[list[int]]:
+    """Split into ``parts`` lists of indices of sequences, of nearly equal numbers of tokens to forward.
 
     In rows, like lengths stay together and keep padding small. Packed, sequences that begin alike stay together: a list
     border cuts at most one group, whose beginning is then forwarded twice. A list may be empty when there are fewer
@@ -147,9 +206,9 @@ def split_by_tokens(sequences: list[Sequence], parts: int, layout: Layout = "row
             costs += [_length(sequences[index]) - spared for index in members]
     middles = np.cumsum(costs) - np.array(costs) / 2
     owners = np.minimum(middles / max(sum(costs), 1) * parts, parts - 1).astype(int)
-    split: list[list[Sequence]] = [[] for _ in range(parts)]
+    split: list[list[int]] = [[] for _ in range(parts)]
     for index, owner in zip(order, owners, strict=True):
-        split[owner].append(sequences[index])
+        split[owner].append(index)
     return split
 
 
@@ -169,3 +228,39 @@ def _alike(sequences: list[Sequence]) -> list[list[int]]:
     for index, sequence in enumerate(sequences):
         alike.setdefault(sequence.token_ids[: sequence.generated[0]].tobytes(), []).append(index)
     return list(alike.values())
+
+
+def _size_class(length: int) -> int:
+    """Lengths of one class differ by less than a third, or by less than 16 tokens."""
+    return 0 if length == 0 else 1 + int(np.log(max(length, 16) / 16) / np.log(4 / 3))
+
+
+def _block(members: list[Segment]) -> Block:
+    own = _places(members)
+    lengths = np.array([member.context.length if member.context else 0 for member in members])
+    width, past = own.shape[1], int(lengths.max())
+    if past == 0:
+        return Block(torch.from_numpy(own), None, None)
+    context = _places([member.context for member in members if member.context])
+    if (lengths == past).all():
+        lengths = lengths[:1]
+    seen = np.arange(past) < lengths[:, None, None, None]
+    causal = np.tril(np.ones((1, 1, width, width), bool))
+    shape = (len(lengths), 1, width)
+    mask = np.concatenate([np.broadcast_to(seen, (*shape, past)), np.broadcast_to(causal, (*shape, width))], axis=3)
+    return Block(torch.from_numpy(own), torch.from_numpy(context), torch.from_numpy(mask))
+
+
+def _places(segments: list[Segment]) -> np.ndarray:
+    """[b, longest] places in the row, padding repeats the first."""
+    steps = np.arange(max(segment.length for segment in segments))
+    lengths = np.array([[segment.length] for segment in segments])
+    return np.array([[segment.start] for segment in segments]) + np.where(steps < lengths, steps, 0)
+
+
+def _moved(record: Any, device: torch.device | str) -> dict[str, Tensor]:
+    return {
+        item.name: value.to(device, non_blocking=True)
+        for item in fields(record)
+        if isinstance(value := getattr(record, item.name), Tensor)
+    }

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from dppo_lightning.errors import ConfigError, reason
-from dppo_lightning.policy import load_config
+from dppo_lightning.pretrained import load_config
 
 Ids = tuple[int, ...]
 

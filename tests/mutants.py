@@ -39,12 +39,16 @@ MUTANTS = [
     *mutants(
         "head.py",
         HEAD,
-        ("self.logits(hidden[rows], weight, self.bias)", "self.logits(hidden[rows], weight, None)"),
-        ("logits += bias", "logits += bias.to(dtype)"),
         ("normalised.add_(log_total)", "pass"),
         ("(grad_logp != 0) | (grad_entropy != 0)", "grad_logp != 0"),
         ("else grad.mul_(scale) for", "else grad for"),
         ("rollout_topk_logp=self._rollout_table(rows))", "rollout_topk_logp=normalised)"),
+    ),
+    *mutants(
+        "projection.py",
+        HEAD,
+        ("self.logits(hidden[rows], weight, self.bias)", "self.logits(hidden[rows], weight, None)"),
+        ("logits += bias", "logits += bias.to(dtype)"),
         ("sampled - logits.exp_().sum(dim=-1).log()", "sampled - logits.exp_().sum(dim=-1)"),
     ),
     *mutants(
@@ -73,14 +77,10 @@ MUTANTS = [
         ("return replace(found, temperature=temperature)", "return cls(temperature=temperature)"),
     ),
     *mutants(
-        "module.py",
+        "scoring.py",
         SCORING,
-        (
-            "found: list[np.ndarray] = []\n        with scoring(self.trainer.strategy), "
-            "self.trainer.precision_plugin.forward_context():",
-            "found: list[np.ndarray] = []\n        with scoring(self.trainer.strategy):",
-        ),
-        ("torch.no_grad(), self.trainer.precision_plugin.forward_context():", "torch.no_grad():"),
+        ("torch.no_grad(), self.strategy.precision_plugin.forward_context():", "torch.no_grad():"),
+        ("[found[i] for i in range(len(sequences))]", "list(found.values())"),
         ("piece.clone() for piece", "piece for piece"),
     ),
     *mutants(
@@ -123,9 +123,13 @@ MUTANTS = [
         ("negative & (shift < -0.5)", "negative & (shift > 0.5)"),
     ),
     *mutants(
-        "batch.py",
+        "records.py",
         BATCH,
         ("np.where(inside, np.float32(-np.inf), completion.logp[:, None])", "completion.logp[:, None]"),
+    ),
+    *mutants(
+        "batch.py",
+        BATCH,
         ("np.arange(s.tokens) for s", "s.generated for s"),
     ),
     *mutants(
@@ -135,12 +139,12 @@ MUTANTS = [
         ("whole.start + sequence.generated - 1", "whole.start + sequence.generated"),
         ("np.where(place < beginning, shared.start + place, ", "np.where(place < 0, shared.start + place, "),
         ("_length(sequence)], beginning, shared)", "_length(sequence)], 0, shared)"),
+        ("np.tril(np.ones((1, 1, width, width), bool))", "np.ones((1, 1, width, width), bool)"),
+        ("np.arange(past) < lengths[:, None, None, None]", "np.arange(past) < past + lengths[:, None, None, None]"),
     ),
     *mutants(
         "attention.py",
         ATTENTION,
-        ("np.tril(np.ones((1, 1, width, width), bool))", "np.ones((1, 1, width, width), bool)"),
-        ("np.arange(past) < lengths[:, None, None, None]", "np.arange(past) < past + lengths[:, None, None, None]"),
         ("is_causal=True, scale=scaling", "is_causal=False, scale=scaling"),
         ("and window is None", "and True"),
         ('and getattr(config, "attn_logit_softcapping", None) is None', "and True"),

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from dppo_lightning.batch import Group
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
+from dppo_lightning.records import Group
 from dppo_lightning.rewards.base import RewardFunction, Sample
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.transformers_engine import TransformersEngine

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppo_lightning.batch import Completion, Group, Prompt, Sequence, pack, split_by_tokens
-from dppo_lightning.packing import Layout, lay_out
+from dppo_lightning.batch import pack
+from dppo_lightning.packing import Layout, lay_out, split_by_tokens
+from dppo_lightning.records import Completion, Group, Prompt, Sequence
 
 
 def make_completion(ids: list[int], topk: np.ndarray | None = None) -> Completion:
@@ -57,8 +58,9 @@ def test_the_sampled_token_gets_a_column_of_its_own_only_outside_the_top_k() -> 
 
 def test_a_completion_without_tokens_makes_no_sequence() -> None:
     group = Group(Prompt("p", (1,), ""), [make_completion([]), make_completion([3])], ["", "c"])
-    group.advantages = np.array([1.0, -1.0])
-    assert [sequence.advantage for sequence in group.sequences()] == [-1.0]
+    group.advantages = [np.array([]), np.array([-1.0])]
+    assert [sequence.advantage.tolist() for sequence in group.sequences()] == [[-1.0]]
+    assert [row["advantage"] for row in group.records()] == [0.0, -1.0]
 
 
 LAYOUTS: list[Layout] = ["rows", "packed"]
@@ -70,8 +72,8 @@ def test_splitting_loses_no_sequence_and_balances_tokens(layout: Layout, groups:
     sequences = [make_sequence(20, length, first=i) for i, group in enumerate(groups) for length in group]
     split = split_by_tokens(sequences, parts, layout)
     assert len(split) == parts
-    assert sorted(id(s) for part in split for s in part) == sorted(id(s) for s in sequences)
-    loads = [lay_out(part, layout).real_tokens if part else 0 for part in split]
+    assert sorted(index for part in split for index in part) == list(range(len(sequences)))
+    loads = [lay_out([sequences[i] for i in part], layout).real_tokens if part else 0 for part in split]
     whole = lay_out(sequences, layout).real_tokens if sequences else 0
     longest = max((len(s.token_ids) for s in sequences), default=0)
     slack = longest + (2 * 20 if layout == "packed" else 0)  # a group cut at either border has its prompt there again
@@ -81,8 +83,9 @@ def test_splitting_loses_no_sequence_and_balances_tokens(layout: Layout, groups:
 def test_packed_groups_are_cut_only_where_the_balance_asks_for_it() -> None:
     sequences = [make_sequence(20, 5, first=10 * i) for i in range(4) for _ in range(3)]
     order = np.random.default_rng(0).permutation(12)
-    split = split_by_tokens([sequences[i] for i in order], 2, "packed")
-    assert [lay_out(part, "packed").real_tokens for part in split] == [2 * (20 + 3 * 4)] * 2
+    mixed = [sequences[i] for i in order]
+    split = split_by_tokens(mixed, 2, "packed")
+    assert [lay_out([mixed[i] for i in part], "packed").real_tokens for part in split] == [2 * (20 + 3 * 4)] * 2
 
 
 def test_a_shared_prompt_lies_in_the_row_once() -> None:

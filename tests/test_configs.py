@@ -33,7 +33,7 @@ def test_every_recipe_can_be_built(recipe: str, monkeypatch: pytest.MonkeyPatch,
     assert isinstance(cli.datamodule, RolloutDataModule)
     assert isinstance(cli.datamodule.engine, RolloutEngine)
     cli.datamodule.sampling.check_training()
-    cli.model.advantage.check(cli.datamodule.samples_per_prompt)
+    cli.datamodule.advantage.check(cli.datamodule.samples_per_prompt)
     assert below or cli.trainer.max_steps == given["trainer"]["max_steps"]
     assert list(tmp_path.iterdir()) == []
 

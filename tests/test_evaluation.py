@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppo_lightning.batch import Completion, Group, Prompt
-from dppo_lightning.evaluation import heldout_metrics
-from dppo_lightning.metrics import check_names
+from dppo_lightning.metrics import check_names, heldout_metrics
+from dppo_lightning.records import Completion, Group, Prompt
 
 
 def make_group(rewards: list[float], lengths: list[int] | None = None, **parts: list[float]) -> Group:

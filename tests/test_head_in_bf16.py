@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dppo_lightning.head
+import dppo_lightning.projection
 from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.head import HeadOutput, PolicyHead
@@ -154,7 +154,7 @@ def test_scoring_and_training_agree_on_log_probs(
 ) -> None:
     """``rounded`` is how a GPU multiplies: the product is a bf16, to which no bias is added."""
     if rounded:
-        monkeypatch.setattr(dppo_lightning.head, "sums_in_float32", lambda dtype, device: False)
+        monkeypatch.setattr(dppo_lightning.projection, "sums_in_float32", lambda dtype, device: False)
     head, hidden = make_head(mode, bias), make_hidden(mode)
     batch = make_batch(in_double(mode, head, hidden)[1], few=False)
     with precision(mode):

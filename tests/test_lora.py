@@ -15,13 +15,14 @@ from peft import LoraConfig, get_peft_model
 from small_runs import Run, ShareOf, fit
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.lora import LoRA, Unadapted, adapt, is_adapter
+from dppo_lightning.lora import LoRA, adapt, is_adapter
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.packing import Layout
-from dppo_lightning.policy import Policy
+from dppo_lightning.policy import Policy, Unadapted
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.rollout.expected_weights import ExpectedWeights
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.trust_region import BinaryTV, NoTrustRegion

@@ -15,7 +15,7 @@ import yaml
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from dppo_lightning.batch import Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.cli import RecipeReader
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.memory import (
@@ -32,6 +32,7 @@ from dppo_lightning.memory import (
 )
 from dppo_lightning.policy import Policy
 from dppo_lightning.recipe_memory import plan_of, remedies, report
+from dppo_lightning.records import Sequence
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.scaling.zero import ZeroStrategy
 from dppo_lightning.trust_region import BinaryTV, FullTV

@@ -16,13 +16,16 @@ from small_models import save_character_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config, PhimoeConfig, PreTrainedConfig
 
-import dppo_lightning.policy
-from dppo_lightning.attention import UNUSED, Segment, SegmentLayout, segment_attention
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+import dppo_lightning.pretrained
+from dppo_lightning.attention import UNUSED, segment_attention
+from dppo_lightning.batch import pack
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.logits import LogitTransform
 from dppo_lightning.model_check import _draw
-from dppo_lightning.policy import Policy, load_model
+from dppo_lightning.packing import Segment, SegmentLayout
+from dppo_lightning.policy import Policy
+from dppo_lightning.pretrained import load_model
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 from tests.small_runs import QUIET, build
@@ -251,7 +254,7 @@ def test_noise_in_training_mode_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_frequencies_that_follow_the_neighbours_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dppo_lightning.policy, "settle_frequencies", lambda *_: None)
+    monkeypatch.setattr(dppo_lightning.pretrained, "settle_frequencies", lambda *_: None)
     assert "how many come after it" in refusal(save(phi3(pretrained=24), tmp_path))
 
 

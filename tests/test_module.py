@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import dppo_lightning.module
 from dppo_lightning.advantage import AdvantageEstimator
 from dppo_lightning.aggregation import Aggregation
-from dppo_lightning.batch import Completion, Group
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.metrics import check_names
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Completion, Group
 from dppo_lightning.rewards.base import Sample
 from dppo_lightning.rollout.parity import LIMITS
 from dppo_lightning.trust_region import BinaryKL, BinaryTV, NoTrustRegion
@@ -183,7 +183,7 @@ def test_kl_in_the_reward_is_subtracted_before_the_baseline(tiny_policy_dir: str
             rewards = np.array([share(read(c.token_ids), ShareOf().characters) for c in group.completions])
             assert np.asarray(group.rewards).tolist() == rewards.tolist()
             wanted = rewards - costs
-            np.testing.assert_allclose(np.asarray(group.advantages), wanted - wanted.mean(), atol=1e-4)
+            np.testing.assert_allclose([row["advantage"] for row in group.records()], wanted - wanted.mean(), atol=1e-4)
             largest = max(largest, np.abs(costs).max())
     assert largest > 0.05
     weights, groups = run.record.weights[1], run.record.rollouts[1]
@@ -308,13 +308,33 @@ class Halved(AdvantageEstimator):
 
 
 def test_an_advantage_of_the_users_own_reaches_the_loss(tiny_policy_dir: str) -> None:
-    run = fit(tiny_policy_dir, {"advantage": Halved(), "trust_region": NoTrustRegion()}, {"samples_per_prompt": 1})
+    run = fit(tiny_policy_dir, {"trust_region": NoTrustRegion()}, {"advantage": Halved(), "samples_per_prompt": 1})
     (groups,) = run.record.rollouts
     for group in groups:
-        assert np.asarray(group.advantages).tolist() == (np.asarray(group.rewards) / 2).tolist()
+        assert [row["advantage"] for row in group.records()] == (np.asarray(group.rewards) / 2).tolist()
     tokens = sum(len(group.completions[0]) for group in groups)
     mean = sum(float(group.rewards[0]) / 2 * len(group.completions[0]) for group in groups) / tokens
     assert run.metrics.of("train/surrogate")[0] == pytest.approx(mean, rel=1e-4)
+
+
+class Growing(AdvantageEstimator):
+    """Token t of every completion has advantage t."""
+
+    def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+        raise AssertionError("per_token stands in its place")
+
+    def per_token(self, groups: Sequence[Group], rewards: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        return [[np.arange(len(completion), dtype=float) for completion in group.completions] for group in groups]
+
+
+def test_an_advantage_may_differ_from_token_to_token(tiny_policy_dir: str) -> None:
+    run = fit(tiny_policy_dir, {"trust_region": NoTrustRegion()}, {"advantage": Growing()})
+    lengths = np.array([len(completion) for group in run.record.rollouts[0] for completion in group.completions])
+    assert lengths.max() > 2
+    mean = (lengths * (lengths - 1) / 2).sum() / lengths.sum()
+    assert run.metrics.of("train/surrogate")[0] == pytest.approx(mean, rel=1e-4)
+    rows = [row for group in run.record.rollouts[0] for row in group.records()]
+    assert [row["advantage"] for row in rows] == pytest.approx(((lengths - 1) / 2).tolist())
 
 
 def test_seq_sum_constant_without_its_length_is_refused_before_anything_is_loaded() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.trust_region import BinaryTV
 
 VOCABULARY = 61

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import dppo_lightning
-from dppo_lightning.batch import Completion, Prompt, Sequence, TrainingBatch, pack
+from dppo_lightning.batch import TrainingBatch, pack
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import Policy, context_length, load_config, load_model, load_tokenizer
+from dppo_lightning.policy import Policy
+from dppo_lightning.pretrained import context_length, load_config, load_model, load_tokenizer
+from dppo_lightning.records import Completion, Prompt, Sequence
 
 
 def make_sequence(prompt: int, tokens: int, seed: int) -> Sequence:

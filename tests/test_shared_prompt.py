@@ -21,11 +21,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from dppo_lightning.attention import Segment, SegmentLayout, supports_segments
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+from dppo_lightning.attention import supports_segments
+from dppo_lightning.batch import pack
 from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.packing import lay_out, split_by_tokens, worth_sharing
+from dppo_lightning.packing import Segment, SegmentLayout, lay_out, split_by_tokens, worth_sharing
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.trust_region import BinaryTV
 
 VOCABULARY = 97

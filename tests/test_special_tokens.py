@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.export import Trained, write_model
-from dppo_lightning.policy import load_model, load_tokenizer
+from dppo_lightning.pretrained import load_model, load_tokenizer
 from dppo_lightning.special_tokens import Decoder, stop_token_ids, stop_tokens
 
 END = 95  # of the tiny policy's tokenizer, which is the only one to name it

@@ -11,10 +11,10 @@ import pytest
 import torch
 from small_runs import Letters, Run, fit, sgd
 
-from dppo_lightning.batch import Sequence as TrainingSequence
 from dppo_lightning.batch import TrainingBatch, pack
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.head import HeadOutput
+from dppo_lightning.records import Sequence as TrainingSequence
 from dppo_lightning.step_choice import choose_over_step, statistics
 from dppo_lightning.trust_region import (
     BinaryTV,

@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion, Prompt, Sequence, TrainingBatch, pack
+from dppo_lightning.batch import TrainingBatch, pack
 from dppo_lightning.callbacks.utilisation import Utilisation
 from dppo_lightning.packing import Layout
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.utilisation import ModelWork, attended_pairs, product_speed
 
 PROMPTS, LENGTHS = (9, 17), ((5, 30), (12,))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from dppo_lightning.batch import Group, TrainingBatch
+from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.head import HeadOutput
+from dppo_lightning.records import Group
 
 
 class RunCallback(pl.Callback):

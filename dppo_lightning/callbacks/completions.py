@@ -7,9 +7,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from dppo_lightning.batch import Group
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.module import DPPOModule
+from dppo_lightning.records import Group
 
 
 class CompletionLog(RunCallback):

@@ -52,7 +52,7 @@ def start_rows(trainer: pl.Trainer, module: DPPOModule) -> list[tuple[str, str]]
         ("trust region", f"{type(module.region).__name__}({region})"),
         ("anchor", f"{module.region.describe()['anchor']} policy"),
         ("KL to reference", reference if module.kl.coefficient > 0 else "none"),
-        ("advantage, aggregation", f"{type(module.advantage).__name__}, {module.aggregation}"),
+        ("advantage, aggregation", f"{type(data.advantage).__name__}, {module.aggregation}"),
         ("engine", f"{engine}, {data.rollout_dtype}"),
         ("prompts", f"{len(data.train_prompts)} for training, {len(data.heldout_prompts)} held out{left_out}"),
         ("  first prompt, ids", _ids(data.train_prompts[0].token_ids)),

@@ -8,9 +8,9 @@ from typing import Literal
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dppo_lightning.batch import Prompt
 from dppo_lightning.errors import DataError
 from dppo_lightning.prompts.base import Example
+from dppo_lightning.records import Prompt
 from dppo_lightning.special_tokens import beginning, begun, endings, from_beginning
 
 # Texts tokenised in one call: enough to be fast, few enough that their offsets take no memory to speak of.

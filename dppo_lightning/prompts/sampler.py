@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dppo_lightning.batch import Prompt
 from dppo_lightning.errors import ConfigError
+from dppo_lightning.records import Prompt
 
 
 class PromptSampler(ABC):

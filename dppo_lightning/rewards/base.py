@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dppo_lightning.errors import RewardError
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from dppo_lightning.batch import Prompt
 from dppo_lightning.errors import DataError, RewardError, reason
+from dppo_lightning.records import Prompt
 from dppo_lightning.rewards.base import RewardFunction
 
 log = logging.getLogger(__name__)

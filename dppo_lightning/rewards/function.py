@@ -12,7 +12,7 @@ from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 
 class PythonReward(RewardFunction):

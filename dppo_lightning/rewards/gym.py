@@ -13,7 +13,7 @@ from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rewards.text import compile_pattern, last_group
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 Scorer = Callable[[str | None, Mapping[str, Any]], float]
 Measure = Literal["gym", "solved", "strict", "lenient"]

@@ -12,7 +12,7 @@ from dppo_lightning.rewards.base import RewardFunction, Sample
 from dppo_lightning.rewards.text import reference_answer, without_answer
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 
 class MathReward(RewardFunction):

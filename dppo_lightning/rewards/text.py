@@ -10,7 +10,7 @@ from dppo_lightning.errors import ConfigError, RewardError
 from dppo_lightning.rewards.base import RewardFunction, Sample
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 
 class ExactMatch(RewardFunction):

@@ -11,7 +11,7 @@ from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rewards.checking import unreadable
 
 if TYPE_CHECKING:
-    from dppo_lightning.batch import Prompt
+    from dppo_lightning.records import Prompt
 
 
 class WeightedSum(RewardFunction):

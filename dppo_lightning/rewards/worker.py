@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dppo_lightning.batch import Group
 from dppo_lightning.errors import RewardError
+from dppo_lightning.records import Group
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.special_tokens import Decoder
 from dppo_lightning.timeline import Span, Timeline

@@ -6,60 +6,36 @@ import logging
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 
-from dppo_lightning.advantage import without_signal
-from dppo_lightning.aggregation import sequence_weights
-from dppo_lightning.batch import Group, Prompt, Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.advantage import AdvantageEstimator, GroupMean
+from dppo_lightning.assembly import Learner, StepPlan, plan_steps
+from dppo_lightning.batch import TrainingBatch
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import context_length, load_tokenizer
+from dppo_lightning.pretrained import context_length, load_tokenizer
 from dppo_lightning.prompts import PromptSource, encode
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
+from dppo_lightning.records import Group, Prompt, Sequence
 from dppo_lightning.rewards import RewardFunction
 from dppo_lightning.rewards.checking import UnreadableAnswers, scorable
 from dppo_lightning.rollout.engine import EngineSpec, RolloutEngine, Sampling
-from dppo_lightning.rollout.fingerprint import fingerprint
-from dppo_lightning.rollout.stream import Rollout, RolloutStream
+from dppo_lightning.rollout.stream import RolloutStream
 from dppo_lightning.rollout.streaming import Schedule, Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 from dppo_lightning.scaling.controller import Controller
-from dppo_lightning.scaling.ranks import Ranks
+from dppo_lightning.scaling.ranks import Ranks, fingerprint
 from dppo_lightning.special_tokens import stop_token_ids as stop_token_ids
 from dppo_lightning.special_tokens import stop_tokens
 from dppo_lightning.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from dppo_lightning.module import DPPOModule
-
 RolloutDtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass
-class StepPlan:
-    """One optimizer step: its micro-batches, and what is known of it before it is taken.
-
-    Attributes:
-        groups: The step's share of the rollout.
-        batches: Exactly ``accumulate_grad_batches`` micro-batches.
-        ends_rollout: Whether the engine gets new weights after this step.
-        metrics: Logged with the step.
-        empty: Whether no rank has a token to train on.
-    """
-
-    groups: list[Group]
-    batches: list[TrainingBatch]
-    ends_rollout: bool
-    metrics: dict[str, float] = field(default_factory=dict)
-    empty: bool = False
 
 
 class RolloutDataModule(pl.LightningDataModule):
@@ -69,6 +45,7 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: Where questions come from.
         reward: What scores the completions.
         engine: What generates them.
+        advantage: From rewards to advantages; GroupMean when None.
         sampler: The order of the training prompts; Shuffled when None.
         prompts_per_step: Prompts of one optimizer step, >= 1.
         samples_per_prompt: Completions of each training prompt, >= 1 (>= 2 with a group baseline).
@@ -102,6 +79,7 @@ class RolloutDataModule(pl.LightningDataModule):
         prompts: PromptSource,
         reward: RewardFunction,
         engine: RolloutEngine | None = None,
+        advantage: AdvantageEstimator | None = None,
         sampler: PromptSampler | None = None,
         prompts_per_step: int = 8,
         samples_per_prompt: int = 8,
@@ -140,6 +118,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.prompts = prompts
         self.reward = reward
         self.engine = VLLMEmbedded() if engine is None else engine
+        self.advantage = GroupMean() if advantage is None else advantage
         self.sampler = Shuffled() if sampler is None else sampler
         self.prompts_per_step = prompts_per_step
         self.samples_per_prompt = samples_per_prompt
@@ -167,7 +146,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.stops: dict[int, str] = {}  # ids that end a completion, each with who names it
 
     @property
-    def module(self) -> DPPOModule:
+    def learner(self) -> Learner:
         """The module that is trained."""
         return self.trainer.lightning_module  # type: ignore[union-attr,return-value]
 
@@ -176,9 +155,9 @@ class RolloutDataModule(pl.LightningDataModule):
         if self.ranks is not None:
             return
         self.ranks, self.timeline = Ranks(), Timeline()
-        self.controller = Controller(self.ranks, self.module.work)
+        self.controller = Controller(self.ranks)
         if self.ranks.world_size > 1:
-            self.ranks.agree(fingerprint(self.module, self), "configuration")
+            self.ranks.agree(fingerprint(self._settings()), "configuration")
         with self.together():
             self._set_up(stage)
         self._load_policy()
@@ -186,11 +165,25 @@ class RolloutDataModule(pl.LightningDataModule):
             if self.ranks.is_controller:
                 self._start()
 
+    def _settings(self) -> dict[str, Any]:
+        """Plain values that every rank must have alike."""
+        trainer = self.trainer
+        assert trainer is not None
+        plain = (str, int, float, bool, type(None), tuple, Streaming, Selection, Sampling)
+        mine = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {
+            "trainer.max_steps": trainer.max_steps,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.precision": trainer.precision,
+            **self.learner.settings,
+            **{f"data.{name}": value for name, value in mine.items() if isinstance(value, plain)},
+        }
+
     def _load_policy(self) -> None:
         """Where Lightning would do it next, as Lightning does it; an engine must not start within these contexts."""
         strategy, precision = self.trainer.strategy, self.trainer.precision_plugin  # type: ignore[union-attr]
         with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
-            self.module.configure_model()
+            self.learner.configure_model()
 
     @contextmanager
     def together(self) -> Generator[None, None, None]:
@@ -221,10 +214,10 @@ class RolloutDataModule(pl.LightningDataModule):
             if trainer.max_steps < 1:
                 raise ConfigError("set trainer.max_steps to the number of optimizer steps, at least 1")
             self.sampling.check_training()
-            self.module.advantage.check(self.samples_per_prompt)
-            self._check_staleness()
+            self.advantage.check(self.samples_per_prompt)
+            self.learner.check_staleness(self.streaming.max_staleness)
             self._check_micro_batches(trainer.world_size, trainer.accumulate_grad_batches)
-        self.spec = self.load_prompts(self.module.policy_name)
+        self.spec = self.load_prompts(self.learner.policy_name)
         self._check_answers(stage)
 
     @property
@@ -246,27 +239,6 @@ class RolloutDataModule(pl.LightningDataModule):
                 f"{completions} completions a step, so some are always empty: set it to {completions // ranks} or less"
             )
 
-    def _check_staleness(self) -> None:
-        """Refuse to compare whole distributions with that of a token's sampling where several weights sampled.
-
-        Raises:
-            ConfigError: The region or the diagnostics need "full", and ``max_staleness`` is above 0.
-        """
-        ahead = self.streaming.max_staleness
-        if not ahead or "full" not in self.module.needs:
-            return
-        kept = "the whole vocabulary's distribution is kept for the weights at a rollout's first step alone"
-        if "full" in self.module.region.needs:
-            raise ConfigError(
-                f"{type(self.module.region).__name__} needs the weights that sampled each token, and {kept}: set "
-                f"data.streaming.max_staleness to 0, got {ahead}, or use a Top-K region, whose log-probs the engine "
-                "records"
-            )
-        raise ConfigError(
-            f"model.divergence_diagnostics needs the weights that sampled each token, and {kept}: set it to false, or "
-            f"data.streaming.max_staleness to 0, got {ahead}"
-        )
-
     def _check_answers(self, stage: str) -> None:
         """Leave out, or refuse, the prompts that are asked and cannot be scored."""
         before = len(self.train_prompts) + len(self.heldout_prompts)
@@ -285,14 +257,14 @@ class RolloutDataModule(pl.LightningDataModule):
             sampler=self.sampler,
             tokenizer=self.tokenizer,
             reward=self.reward,
-            advantage=self.module.advantage,
+            advantage=self.advantage,
             sampling=self.training_sampling(),
             samples_per_prompt=self.samples_per_prompt,
             seed=self.seed,
             schedule=self.schedule,
             streaming=self.streaming,
             selection=self.selection,
-            penalty=self.module.reward_penalty if self.module.penalises_reward else None,
+            penalty=self.learner.penalty,
             solved_at=self.solved_at,
             reward_timeout=self.reward_timeout,
             timeline=self.timeline,
@@ -327,14 +299,16 @@ class RolloutDataModule(pl.LightningDataModule):
             model=model,
             dtype=self.rollout_dtype,
             max_model_len=widest + new if context is None else min(widest + new, context),
-            max_logprobs=self.module.topk,
+            max_logprobs=self.learner.topk,
             stop_token_ids=tuple(self.stops),
         )
 
     def training_sampling(self) -> Sampling:
         """How training completions are drawn: with as many top log-probs as the region asks for."""
         sampling = self.sampling
-        return Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, self.module.topk)
+        return Sampling(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens, self.learner.topk
+        )
 
     def train_dataloader(self) -> RolloutLoader:
         return RolloutLoader(self)
@@ -348,24 +322,25 @@ class RolloutDataModule(pl.LightningDataModule):
         """On rank 0: get the rollout that begins at ``step`` and lay its optimizer steps out, for each rank."""
         assert self.stream is not None
         rollout = self.stream.next_rollout(step, self._progress)
-        steps = rollout.window.steps
         sequences = [self._trained(group) for group in rollout.groups]
         started = time.perf_counter()
-        self.module.annotate([sequence for mine in sequences for sequence in mine])
+        self.learner.annotate([sequence for mine in sequences for sequence in mine])
         annotate = time.perf_counter() - started
-        parts = np.array_split(np.arange(len(rollout.groups)), steps)
-        for index, part in enumerate(parts):
-            for i in part:
-                rollout.groups[i].step = step + index
+        trainer = self.trainer
+        assert trainer is not None
+        plans = plan_steps(
+            rollout.groups,
+            sequences,
+            first=step,
+            steps=rollout.window.steps,
+            weights=self.learner.weights,
+            layout=self.learner.layout,
+            ranks=trainer.world_size,
+            micro_batches=trainer.accumulate_grad_batches,
+        )
         for callback in self._run_callbacks():
-            callback.on_rollout(self.trainer, self.module, rollout.groups)  # type: ignore[arg-type]
-        plans = [
-            self._plan_step(
-                [rollout.groups[i] for i in part], [s for i in part for s in sequences[i]], index == steps - 1
-            )
-            for index, part in enumerate(parts)
-        ]
-        plans[0][0].metrics |= rollout_metrics(rollout) | {"time/annotate": annotate}
+            callback.on_rollout(trainer, trainer.lightning_module, rollout.groups)
+        plans[0][0].metrics |= rollout.metrics | {"time/annotate": annotate}
         self._tell_empty(step, plans)
         return [[step_plans[rank] for step_plans in plans] for rank in range(len(plans[0]))]
 
@@ -385,28 +360,10 @@ class RolloutDataModule(pl.LightningDataModule):
         mask = self.selection.overlong == "mask"
         return [sequence for sequence in group.sequences() if not (mask and sequence.truncated)]
 
-    def _plan_step(self, groups: list[Group], sequences: list[Sequence], ends_rollout: bool) -> list[StepPlan]:
-        """One optimizer step, for each rank; groups and metrics are rank 0's alone."""
-        counts = np.array([sequence.tokens for sequence in sequences])
-        weights = sequence_weights(self.module.aggregation, counts, self.module.constant_length)
-        weight_of = {id(sequence): weight for sequence, weight in zip(sequences, weights, strict=True)}
-        layout = self.module.layout
-        trainer = self.trainer
-        assert trainer is not None
-        ranks, each = trainer.world_size, trainer.accumulate_grad_batches
-        parts = split_by_tokens(sequences, ranks * each, layout)
-        batches = [pack(part, np.array([weight_of[id(sequence)] for sequence in part]), layout) for part in parts]
-        empty = not counts.sum()
-        plans = [
-            StepPlan([], batches[rank * each : (rank + 1) * each], ends_rollout, empty=empty) for rank in range(ranks)
-        ]
-        plans[0].groups, plans[0].metrics = groups, step_metrics(groups) | {"train/empty": float(empty)}
-        return plans
-
     def evaluate(self, prompts: list[Prompt]) -> list[list[Group]]:
         """On rank 0: complete and reward held-out prompts; the groups, for each rank."""
         assert self.stream is not None
-        with self.timeline.measure("evaluate", self.module.steps_taken):
+        with self.timeline.measure("evaluate", self.learner.steps_taken):
             groups = self.stream.sample(prompts, self.heldout_samples, self.sampling, "heldout")
         return [groups] * self.ranks.world_size  # type: ignore[union-attr]
 
@@ -473,7 +430,7 @@ class RolloutLoader:
         while trainer.global_step < trainer.max_steps:
             for plan in data.controller.direct(partial(data.plan_rollout, trainer.global_step)):
                 data.plan = plan
-                yield from data.module.choose(plan.batches)
+                yield from data.learner.choose(plan.batches)
 
 
 class Evaluated:
@@ -503,33 +460,3 @@ class HeldOutLoader:
         data = self.data
         if self.prompts:
             yield Evaluated(data.controller.direct(lambda: data.evaluate(self.prompts)))
-
-
-def step_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards and lengths of the groups of one step."""
-    if not groups:
-        return {}
-    rewards = np.concatenate([np.asarray(group.rewards) for group in groups])
-    completions = [completion for group in groups for completion in group.completions]
-    names = dict.fromkeys(name for group in groups for name in group.reward_parts)
-    parts = {name: np.concatenate([g.reward_parts[name] for g in groups if name in g.reward_parts]) for name in names}
-    return {
-        "train/reward": float(rewards.mean()),
-        "train/reward_std": float(rewards.std()),
-        "train/length": float(np.mean([len(completion) for completion in completions])),
-        "train/truncated": float(np.mean([completion.finish_reason == "length" for completion in completions])),
-        "train/no_signal": float(np.mean([without_signal(np.asarray(group.rewards)) for group in groups])),
-        **{f"train/part/{name}": float(np.nanmean(values)) for name, values in parts.items()},
-    }
-
-
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """What making a rollout cost."""
-    return {
-        "train/failed": float(rollout.failed),
-        "time/wait": rollout.seconds["wait"],
-        "time/generate": rollout.seconds["generate"],
-        "time/reward": rollout.seconds["reward"],
-        **rollout.counts,
-        "perf/generated_tokens_per_s": rollout.tokens / max(rollout.seconds["generate"], 1e-9),
-    }

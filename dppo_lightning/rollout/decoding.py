@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dppo_lightning.batch import Completion, FinishReason
+from dppo_lightning.records import Completion, FinishReason
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
 
 

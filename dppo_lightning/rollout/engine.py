@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError
+from dppo_lightning.records import Completion
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dppo_lightning.errors import SyncError
-from dppo_lightning.policy import load_config
+from dppo_lightning.pretrained import load_config
 
 
 class ExpectedWeights:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dppo_lightning.advantage import without_signal
-from dppo_lightning.batch import Completion, Group, Prompt
+from dppo_lightning.records import Completion, Group, Prompt
 from dppo_lightning.rollout.engine import Failed
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine
 
 Deliver = Callable[[Completion | Failed], None]

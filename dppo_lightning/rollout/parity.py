@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dppo_lightning.batch import Completion, Prompt
-from dppo_lightning.batch import Sequence as TrainingSequence
 from dppo_lightning.errors import SyncError
+from dppo_lightning.records import Completion, Prompt
+from dppo_lightning.records import Sequence as TrainingSequence
 from dppo_lightning.rollout.engine import Request, Sampling
 from dppo_lightning.rollout.inbox import Inbox
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from dppo_lightning.batch import Completion, Prompt
+from dppo_lightning.records import Completion, Prompt
 from dppo_lightning.rewards.worker import RewardWorker
 from dppo_lightning.rollout.engine import Failed, Request, Sampling
 from dppo_lightning.rollout.flight import GroupFlight

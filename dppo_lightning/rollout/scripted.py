@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from dppo_lightning.batch import Completion, FinishReason
 from dppo_lightning.errors import EngineError
+from dppo_lightning.records import Completion, FinishReason
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.expected_weights import ExpectedWeights

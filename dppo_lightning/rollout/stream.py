@@ -20,9 +20,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import AdvantageEstimator
-from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.errors import ConfigError, EngineError
 from dppo_lightning.prompts.sampler import PromptSampler, draw
+from dppo_lightning.records import Completion, Group, Prompt
 from dppo_lightning.rewards.base import RewardFunction
 from dppo_lightning.rewards.worker import RewardWorker
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, Sampling
@@ -60,6 +60,18 @@ class Rollout:
     def tokens(self) -> int:
         """Generated tokens."""
         return sum(len(completion) for group in self.groups for completion in group.completions)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What making the rollout cost, see metrics.GLOSSARY."""
+        return {
+            "train/failed": float(self.failed),
+            "time/wait": self.seconds["wait"],
+            "time/generate": self.seconds["generate"],
+            "time/reward": self.seconds["reward"],
+            **self.counts,
+            "perf/generated_tokens_per_s": self.tokens / max(self.seconds["generate"], 1e-9),
+        }
 
 
 class RolloutStream:
@@ -259,7 +271,7 @@ class RolloutStream:
         rewards = [np.asarray(group.rewards) for group in groups]
         if self.penalty is not None:
             rewards = [reward - cost for reward, cost in zip(rewards, self.penalty(groups), strict=True)]
-        for group, advantages in zip(groups, self.advantage.estimate(rewards), strict=True):
+        for group, advantages in zip(groups, self.advantage.per_token(groups, rewards), strict=True):
             group.advantages = advantages
 
     @contextmanager

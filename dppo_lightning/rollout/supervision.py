@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from dppo_lightning.batch import Completion
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.child_process import ChildDied, ChildProcess
 from dppo_lightning.rollout.engine import Failed, Request
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError
-from dppo_lightning.policy import load_model
+from dppo_lightning.pretrained import load_model
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.decoding import Decoder, Row
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, RolloutEngine, UpdateStats

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError, SyncError
-from dppo_lightning.policy import load_config
+from dppo_lightning.pretrained import load_config
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout import adapters, native_transfer
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.child_process import ChildProcess

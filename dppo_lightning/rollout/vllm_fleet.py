@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import Failed, Request
 from dppo_lightning.rollout.vllm_http import RequestRefused, ServerFault
 from dppo_lightning.rollout.vllm_identity import Identity

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from dppo_lightning.batch import Completion
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import EngineSpec, Request
 
 GENERATE = "/inference/v1/generate"

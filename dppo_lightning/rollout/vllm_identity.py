@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import load_config, load_tokenizer
+from dppo_lightning.pretrained import load_config, load_tokenizer
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.vllm_http import RequestRefused, ServerClient, ServerFault, wire_logprobs
 

@@ -19,8 +19,8 @@ import aiohttp
 import torch
 from torch import Tensor
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.admission import refusal
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Health, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.expected_weights import ExpectedWeights

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dppo_lightning.batch import Completion
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout import native_transfer
 from dppo_lightning.rollout.adapters import AdapterSlot
 from dppo_lightning.rollout.child_process import ParentLink

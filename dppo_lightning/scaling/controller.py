@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 from dppo_lightning.scaling.ranks import Ranks
 
+S = TypeVar("S")
 T = TypeVar("T")
-Work = Callable[[Any], Any]
+
+
+class Task(Generic[S, T]):
+    """A function that rank 0 can have every rank run, see ``Controller.task``; ranks know it by its number."""
+
+    def __init__(self, number: int, run: Callable[[S], T]) -> None:
+        self.number = number
+        self.run = run
 
 
 class Controller:
     """What only rank 0 can do (it has the engine, the prompts and the rewards) while every rank's model is needed.
 
-    Every rank calls ``direct`` with the same section, in the same order. Rank 0 runs it; within, ``everyone`` and
-    ``beside`` have all ranks work. With a single rank it is a function call.
+    Every rank makes the same tasks in the same order, and calls ``direct`` with the same section, in the same order.
+    Rank 0 runs the section; within, ``on_every_rank`` and ``beside`` have all ranks work. With a single rank it is a
+    function call.
 
     Args:
-        ranks: Of the run.
-        work: What can be asked of every rank, by name: a function of its share.
+        ranks: Ranks of the run.
     """
 
-    def __init__(self, ranks: Ranks, work: Mapping[str, Work]) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.work = dict(work)
+        self._tasks: list[Task[Any, Any]] = []
+
+    def task(self, run: Callable[[S], T]) -> Task[S, T]:
+        """Make a task of a function of a rank's share; its share and its result must be picklable."""
+        self._tasks.append(Task(len(self._tasks), run))
+        return self._tasks[-1]
 
     def direct(self, section: Callable[[], list[T]]) -> T:
         """Run ``section`` on rank 0, and give each rank its share of the list that it returns, one entry a rank.
@@ -35,36 +48,36 @@ class Controller:
         if self.ranks.world_size == 1:
             return section()[0]
         if not self.ranks.is_controller:
-            name: str | None
-            while (name := self.ranks.from_controller(None)) is not None:
-                self.ranks.collect(self.work[name](self.ranks.hand_out(None)))
+            number: int | None
+            while (number := self.ranks.from_controller(None)) is not None:
+                self.ranks.collect(self._tasks[number].run(self.ranks.hand_out(None)))
             return self.ranks.hand_out(None)
         try:
             shares: list[T] = section()
         except Exception as error:
             self.ranks.from_controller(None)
             try:
-                self.ranks.hand_out(error)
+                self.ranks.hand_out(error)  # raises RankError here too, and rank 0 is to raise the error itself
             finally:
                 raise error
         self.ranks.from_controller(None)
         return self.ranks.hand_out(shares)
 
-    def everyone(self, name: str, shares: list[Any]) -> list[Any]:
-        """On rank 0, within a section: every rank does ``name`` with its share; what they return, by rank."""
+    def on_every_rank(self, task: Task[S, T], shares: list[S]) -> list[T]:
+        """On rank 0, within a section: every rank runs ``task`` on its share; what they return, by rank."""
         if self.ranks.world_size == 1:
-            return [self.work[name](shares[0])]
-        self.ranks.from_controller(name)
-        results = self.ranks.collect(self.work[name](self.ranks.hand_out(shares)))
+            return [task.run(shares[0])]
+        self.ranks.from_controller(task.number)
+        results = self.ranks.collect(task.run(self.ranks.hand_out(shares)))
         assert results is not None
         return results
 
-    def beside(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """On rank 0, within a section: iterate over ``items`` while every other rank does ``name``."""
+    def beside(self, task: Task[None, Any], items: Iterable[T]) -> Iterator[T]:
+        """On rank 0, within a section: iterate over ``items`` while every other rank runs ``task``."""
         if self.ranks.world_size == 1:
             yield from items
             return
-        self.ranks.from_controller(name)
+        self.ranks.from_controller(task.number)
         self.ranks.hand_out([None] * self.ranks.world_size)
         try:
             yield from items

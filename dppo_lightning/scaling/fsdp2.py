@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -11,9 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dppo_lightning.scaling.sharding import ShardingStrategy
-
-if TYPE_CHECKING:
-    from dppo_lightning.policy import Policy
 
 
 class FSDP2Strategy(ShardingStrategy, ModelParallelStrategy):
@@ -42,16 +39,17 @@ class FSDP2Strategy(ShardingStrategy, ModelParallelStrategy):
         self._data_parallel_size = self.world_size
         super().setup_environment()
 
-    def shard(self, policy: Policy) -> None:
+    def shard(self, policy: nn.Module) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         mesh = self.device_mesh["data_parallel"]
+        model: Any = policy.model
         policy_of_layers = MixedPrecisionPolicy()
         if self.precision_plugin.precision == "bf16-mixed":
             # inputs are left alone: autocast rounds those of products, and what is between them stays float32
             policy_of_layers = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        names = set(getattr(policy.model, "_no_split_modules", None) or ())
-        for layer in [module for module in policy.model.modules() if type(module).__name__ in names]:
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        for layer in [module for module in model.modules() if type(module).__name__ in names]:
             exact = in_float32(layer) if policy_of_layers.param_dtype else []
             if exact:  # whole from first use to the backward pass, for they are small
                 fully_shard(exact, mesh=mesh, reshard_after_forward=False)
@@ -61,7 +59,7 @@ class FSDP2Strategy(ShardingStrategy, ModelParallelStrategy):
         fully_shard(policy, mesh=mesh, reshard_after_forward=False)
         register_fsdp_forward_method(policy, "hidden_states")
 
-    def shard_frozen(self, reference: Policy) -> None:
+    def shard_frozen(self, reference: nn.Module) -> None:
         self.shard(reference)
 
 

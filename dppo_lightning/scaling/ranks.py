@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dppo_lightning.errors import ConfigError, RankError
+from dppo_lightning.errors import ConfigError, RankError, Requeued
 from dppo_lightning.scaling.heartbeat import INTERVAL, Heartbeat
-from dppo_lightning.scaling.requeue import Requeued
 
 T = TypeVar("T")
 
@@ -166,6 +167,14 @@ class Ranks:
         else:
             known = self._told or isinstance(error, Requeued)
             heartbeat.stop(None if known else _line(self.rank, error))
+
+
+def fingerprint(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What every rank of a run must have alike, for ``Ranks.agree``: the settings, and the code of this package."""
+    code = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    return {"code": code.hexdigest(), **settings}
 
 
 def _line(rank: int, error: BaseException | None) -> str | None:

@@ -14,16 +14,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.errors import ConfigError, Requeued
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "requeue.ckpt"
 SIGNAL = signal.SIGUSR1
-
-
-class Requeued(Exception):
-    """The run is saved and its job is queued again: this process has nothing more to do, and nothing went wrong."""
 
 
 class Requeue(pl.Callback):

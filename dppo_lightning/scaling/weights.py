@@ -1,4 +1,4 @@
-"""Whole tensors from shards: weights for the engine, and the gradient's norm."""
+"""Whole tensors from shards: weights for the engine."""
 
 from __future__ import annotations
 
@@ -45,13 +45,6 @@ def full_copy(parameter: Tensor) -> Tensor:
     """A detached copy of the whole parameter, on every rank; collective where it is in shards."""
     with _zero_gathered([parameter]):
         return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
-
-
-def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
-    """Norm of all gradients of an optimizer's parameters; collective where they are DTensors."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _buckets(named: Iterable[tuple[str, Tensor]], most: int) -> Iterator[list[tuple[str, Tensor]]]:

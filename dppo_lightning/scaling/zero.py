@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,15 +18,12 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.scaling.sharding import ShardingStrategy
 from dppo_lightning.scaling.universal import is_universal, ranks_of
-
-if TYPE_CHECKING:
-    from dppo_lightning.policy import Policy
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -143,7 +140,7 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         yield
         del keep_alive
 
-    def shard_frozen(self, reference: Policy) -> None:
+    def shard_frozen(self, reference: nn.Module) -> None:
         """Under stage 3 the reference gets an engine of its own, without an optimizer."""
         if not self.zero_stage_3:
             return

@@ -30,7 +30,7 @@ class TokenStats:
     Attributes:
         logp: log pi of the sampled token; carries the gradient.
         rollout_logp: log mu, recorded by the engine when it sampled the token.
-        advantage: Advantage of the token's sequence.
+        advantage: Advantage of the token; may differ from token to token of one sequence.
         recomputed_logp: log pi_old, recomputed by the trainer when training on the rollout begins, with the weights
             before its first optimizer step; only on request. Where generation runs ahead (max_staleness > 0) that is
             not the policy that sampled: rollout_logp sees that staleness, recomputed_logp does not.

@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from small_runs import QUIET, Letters, Record, build
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dppo_lightning.batch import Group
 from dppo_lightning.callbacks.completions import CompletionLog
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.callbacks.mask_audit import MaskAudit
 from dppo_lightning.callbacks.timeline_log import TimelineLog, read_timeline
 from dppo_lightning.metrics_file import MetricsFile
+from dppo_lightning.records import Group
 
 STEPS, EVALUATED, MICRO_BATCHES = 5, [0, 2, 4, 5], 3
 ROLLOUTS = {0: 0, 1: 0, 2: 2, 3: 2, 4: 4}  # step -> first step of its rollout

@@ -15,10 +15,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dppo_lightning.batch import Completion, Prompt, Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.cli import main
 from dppo_lightning.lora import LoRA
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Completion, Prompt, Sequence
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dppo_lightning.batch import Prompt
 from dppo_lightning.errors import DataError, RewardError
+from dppo_lightning.records import Prompt
 from dppo_lightning.rewards import (
     ExactMatch,
     MathReward,

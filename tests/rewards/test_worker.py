@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dppo_lightning.batch import Completion, FinishReason, Group, Prompt
+from dppo_lightning.records import Completion, FinishReason, Group, Prompt
 from dppo_lightning.rewards import RewardFunction, Sample
 from dppo_lightning.rewards.worker import RewardWorker
 from dppo_lightning.special_tokens import Decoder

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dppo_lightning.batch import Completion
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Request, RolloutEngine, Sampling
 
 PROMPT = (7, 8, 9, 10, 11)

@@ -65,7 +65,7 @@ def test_log_probs_are_those_of_the_merged_weights_after_every_update(case: Case
     prompt = tuple(5 + i % 80 for i in range(300))  # longer than a block of the prefix cache
     for version in (1, 2):
         policy = stirred(tiny_model_dir, version)
-        stats = case.engine.update_weights(policy.weights_for(case.engine), version)
+        stats = case.engine.update_weights(policy.weights_for(case.engine.adapter_rank), version)
         assert (stats.tensors, stats.version) == (2 * 2 * len(LAYERS), version)
         for completion in case.generate([ask("a", prompt), ask("b", prompt, seed=2)]):
             assert error(merged(policy, tiny_model_dir), completion, prompt) < 1e-4
@@ -76,9 +76,9 @@ def test_log_probs_are_those_of_the_merged_weights_after_every_update(case: Case
 @needs_vllm
 def test_an_update_reaches_completions_in_flight(case: Case, tiny_model_dir: str) -> None:
     before, after = (stirred(tiny_model_dir, seed) for seed in (3, 4))
-    case.engine.update_weights(before.weights_for(case.engine), 3)
+    case.engine.update_weights(before.weights_for(case.engine.adapter_rank), 3)
     finished = case.begin_long()
-    case.engine.update_weights(after.weights_for(case.engine), 4)
+    case.engine.update_weights(after.weights_for(case.engine.adapter_rank), 4)
     results = finished | case.wait(24 - len(finished))
     mixed = [c for c in results.values() if not isinstance(c, Failed) and len(set(c.versions.tolist())) == 2]
     assert mixed
@@ -91,7 +91,7 @@ def test_an_update_reaches_completions_in_flight(case: Case, tiny_model_dir: str
 @needs_vllm
 def test_what_is_no_set_of_adapters_is_refused_and_the_old_ones_stay(case: Case, tiny_model_dir: str) -> None:
     policy = stirred(tiny_model_dir, 5)
-    case.engine.update_weights(policy.weights_for(case.engine), 5)
+    case.engine.update_weights(policy.weights_for(case.engine.adapter_rank), 5)
     with pytest.raises(SyncError, match="keeps its adapters"):
         case.engine.update_weights(policy.named_weights(), 6)
     (completion,) = case.generate([ask()])
@@ -116,9 +116,9 @@ def test_an_engine_for_other_adapters_is_refused(tiny_model_dir: str) -> None:
     engine = VLLMEmbedded(adapter_rank=RANK + 1)
     for policy in (Policy(tiny_model_dir), stirred(tiny_model_dir, 0)):
         with pytest.raises(ConfigError, match=r"adapter_rank to model\.lora\.rank") as caught:
-            policy.weights_for(engine)
+            policy.weights_for(engine.adapter_rank)
         assert "\n" not in str(caught.value)
-    every = stirred(tiny_model_dir, 0).weights_for(VLLMEmbedded())
+    every = stirred(tiny_model_dir, 0).weights_for(None)
     ExpectedWeights.of(tiny_model_dir).check({name: weight.shape for name, weight in every})
 
 

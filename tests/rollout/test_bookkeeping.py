@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.batch import Completion, Prompt
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts import Shuffled
+from dppo_lightning.records import Completion, Prompt
 from dppo_lightning.rewards.base import RewardFunction, Sample
 from dppo_lightning.rollout import pool
 from dppo_lightning.rollout.engine import EngineSpec, Failed, Sampling

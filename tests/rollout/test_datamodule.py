@@ -12,13 +12,14 @@ import torch
 from small_runs import QUIET, Letters, Memory, ShareOf, build, fit, sgd
 from torch import Tensor
 
-from dppo_lightning.batch import Completion, Group, Prompt
 from dppo_lightning.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.errors import ConfigError, DataError, EngineError, SyncError
+from dppo_lightning.metrics import group_metrics
 from dppo_lightning.prompts import Example, PromptSets, PromptSource
+from dppo_lightning.records import Completion, Group, Prompt
 from dppo_lightning.rewards import ExactMatch
 from dppo_lightning.rewards.base import Sample
-from dppo_lightning.rollout.datamodule import RolloutDataModule, step_metrics
+from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import Failed, Request, RolloutEngine, UpdateStats
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.streaming import Selection
@@ -276,12 +277,12 @@ def make_group(rewards: list[float], lengths: list[int], reasons: str, **parts: 
     return group
 
 
-def test_step_metrics_by_hand() -> None:
+def test_group_metrics_by_hand() -> None:
     groups = [
         make_group([1, 0], [4, 6], "stop length", format=[1.0, np.nan]),
         make_group([0.5, 0.5], [1, 1], "stop stop", format=[0.0, 0.5]),
     ]
-    assert step_metrics(groups) == {
+    assert group_metrics(groups) == {
         "train/reward": 0.5,
         "train/reward_std": pytest.approx(np.sqrt(0.125)),
         "train/length": 3,
@@ -289,7 +290,7 @@ def test_step_metrics_by_hand() -> None:
         "train/no_signal": 0.5,
         "train/part/format": 0.5,
     }
-    assert step_metrics([]) == {}
+    assert group_metrics([]) == {}
 
 
 def test_an_engine_is_started_with_what_the_run_needs(tiny_policy_dir: str) -> None:

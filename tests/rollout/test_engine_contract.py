@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError, SyncError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import EngineSpec, Failed, RolloutEngine
 from dppo_lightning.rollout.scripted import ScriptedEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine

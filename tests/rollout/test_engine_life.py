@@ -13,9 +13,9 @@ from small_runs import QUIET, Letters, Memory, Record, build, sgd, share
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion, Group
 from dppo_lightning.callbacks.base import RunCallback
 from dppo_lightning.callbacks.timeline_log import TimelineLog, read_timeline
+from dppo_lightning.records import Completion, Group
 from dppo_lightning.rollout.engine import RolloutEngine
 from dppo_lightning.rollout.transformers_engine import TransformersEngine
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded

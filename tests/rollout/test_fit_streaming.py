@@ -16,8 +16,8 @@ from small_runs import Run, ShareOf, fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.callbacks.timeline_log import LANES, TimelineLog, read_timeline
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import Failed, UpdateStats
 from dppo_lightning.rollout.streaming import Selection, Streaming
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
@@ -94,7 +94,9 @@ def test_overlong_completions_are_masked_on_request(tiny_policy_dir: str) -> Non
     assert len(cut) > 0
     assert run.metrics.of("train/tokens") == [sum(len(c) for c in completions) - sum(len(c) for c in cut)]
     for group in run.record.rollouts[0]:
-        np.testing.assert_allclose(group.advantages, np.asarray(group.rewards) - np.mean(group.rewards))
+        np.testing.assert_allclose(
+            [row["advantage"] for row in group.records()], np.asarray(group.rewards) - np.mean(group.rewards)
+        )
 
 
 def test_seconds_of_a_step_add_up(tiny_policy_dir: str) -> None:

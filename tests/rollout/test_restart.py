@@ -16,8 +16,8 @@ import torch
 from processes import running
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError, SyncError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.child_process import ChildProcess
 from dppo_lightning.rollout.engine import EngineSpec
 from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded

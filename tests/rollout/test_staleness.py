@@ -16,10 +16,10 @@ from processes import PATIENCE
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.batch import Prompt
 from dppo_lightning.errors import ConfigError, EngineError, RewardError, SyncError
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts import Shuffled
+from dppo_lightning.records import Prompt
 from dppo_lightning.rewards.base import RewardFunction, Sample
 from dppo_lightning.rollout.datamodule import RolloutDataModule
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
@@ -201,7 +201,10 @@ def test_on_policy_everything_repeats_whatever_finishes_first(
             delays, selection=Selection(resampling), reward=By(lambda sample: float(sample.completion[:1] > "P"))
         )
         return [
-            [(g.prompt.id, g.texts, list(g.advantages), [c.request_id for c in g.completions]) for g in r.groups]
+            [
+                (g.prompt.id, g.texts, [row["advantage"] for row in g.records()], [c.request_id for c in g.completions])
+                for g in r.groups
+            ]
             for r in training.run()
         ]
 

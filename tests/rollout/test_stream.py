@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.batch import Group, Prompt
 from dppo_lightning.errors import ConfigError, EngineError, RewardError
-from dppo_lightning.policy import load_tokenizer
+from dppo_lightning.pretrained import load_tokenizer
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
+from dppo_lightning.records import Group, Prompt
 from dppo_lightning.rewards.base import RewardFunction, Sample, Score
 from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
 from dppo_lightning.rollout.pool import derive_seed
@@ -104,7 +104,7 @@ def contents(groups: list[Group]) -> list[Any]:
             [(c.request_id, c.token_ids.tolist(), c.logp.tolist(), c.finish_reason) for c in group.completions],
             group.texts,
             np.asarray(group.rewards).tolist(),
-            np.asarray(group.advantages).tolist(),
+            [row["advantage"] for row in group.records()],
         )
         for group in groups
     ]
@@ -232,7 +232,7 @@ def test_each_reward_belongs_to_its_completion(make_stream: Any) -> None:
     for group in groups:
         first = 10 * group.prompt.token_ids[0]
         assert np.asarray(group.rewards).tolist() == [first, first + 1, first + 2]
-        assert np.asarray(group.advantages).tolist() == [-1, 0, 1]
+        assert [row["advantage"] for row in group.records()] == [-1, 0, 1]
         assert group.texts == [str(first), str(first + 1), str(first + 2)]
     samples = sorted(itertools.chain(*reward.calls), key=lambda sample: float(sample.completion))
     groups = sorted(groups, key=lambda group: group.texts)
@@ -279,7 +279,7 @@ def test_a_penalty_lowers_the_advantage_and_not_the_reward(make_stream: Any) -> 
     for group in groups:
         factor = 1 + int(group.prompt.answer or 0)
         assert np.asarray(group.rewards).tolist() == [4, 4, 4]
-        assert np.asarray(group.advantages).tolist() == [factor, 0, -factor]
+        assert [row["advantage"] for row in group.records()] == [factor, 0, -factor]
 
 
 def test_held_out_sampling_disturbs_neither_seeds_nor_prompt_order(make_stream: Any) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.child_process import ChildDied
 from dppo_lightning.rollout.engine import Request
 from dppo_lightning.rollout.supervision import EngineProcess

@@ -17,8 +17,8 @@ import yaml
 from processes import PATIENCE, wait_until
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import ConfigError, EngineError, SyncError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout import vllm_fleet
 from dppo_lightning.rollout.engine import EngineSpec, Failed
 from dppo_lightning.rollout.ports import hold_port

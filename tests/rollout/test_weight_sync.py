@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dppo_lightning.batch import Prompt, Sequence
 from dppo_lightning.errors import EngineError, SyncError
+from dppo_lightning.records import Prompt, Sequence
 from dppo_lightning.rollout.engine import EngineSpec, Request, RolloutEngine, Sampling, UpdateStats
 from dppo_lightning.rollout.inbox import Inbox
 from dppo_lightning.rollout.parity import GROWTH, LIMITS, SAMPLES, ParityProbe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 from scaling.pool import RankPool
 from scaling.training import record
 

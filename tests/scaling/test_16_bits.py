@@ -15,8 +15,9 @@ from small_runs import QUIET
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from dppo_lightning.batch import Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Sequence
 from dppo_lightning.scaling.fsdp2 import in_float32
 from scaling.pool import RankPool
 from scaling.training import STRATEGIES, EngineLess, Recorded, Trained, record, strategy_of, train

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.batch import Sequence
 from dppo_lightning.errors import DataError
+from dppo_lightning.records import Sequence
 from dppo_lightning.scaling.universal import is_universal, ranks_of, reshape
 from scaling.pool import RankPool
 from scaling.training import STRATEGIES, largest_difference, refusal, train

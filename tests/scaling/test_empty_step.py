@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 from scaling.pool import RankPool
 from scaling.training import STRATEGIES, largest_difference, train
 

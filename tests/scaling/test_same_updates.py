@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 from scaling.pool import RankPool
 from scaling.training import STRATEGIES, Trained, largest_difference, train
 
@@ -86,7 +86,8 @@ def test_kl_to_a_reference(strategy: str, two_ranks: RankPool, tiny_policy_dir: 
 def log_probs(module: object) -> list[torch.Tensor]:
     """Of a recorded step under the reference and under the trained policy; the projection of rollout time."""
     sequences = module.data.steps[0]  # type: ignore[attr-defined]
-    policy, score = module.policy, module._score_share  # type: ignore[attr-defined]
-    found = [torch.cat(list(map(torch.from_numpy, score((which, [sequences]))))) for which in ("reference", "policy")]
+    policy, scorer = module.policy, module.scorer  # type: ignore[attr-defined]
+    scores = (scorer.reference_share([sequences]), scorer.policy_share([sequences]))
+    found = [torch.cat(list(map(torch.from_numpy, score))) for score in scores]
     policy.head.remember_rollout()
     return [*found, policy.head.rollout_weight]

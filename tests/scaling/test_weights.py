@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Sequence
+from dppo_lightning.records import Sequence
 from dppo_lightning.scaling import weights
 from dppo_lightning.scaling.weights import gathered_weights
 from scaling.pool import RankPool

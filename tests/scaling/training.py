@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,14 +16,15 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from small_runs import QUIET, Memory
 from torch import Tensor
 
-from dppo_lightning.aggregation import sequence_weights
-from dppo_lightning.batch import Sequence, TrainingBatch, pack, split_by_tokens
+from dppo_lightning.assembly import StepPlan, plan_step
+from dppo_lightning.batch import TrainingBatch, pack
 from dppo_lightning.errors import ConfigError
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.objective import ReferenceKL
 from dppo_lightning.policy import Policy
-from dppo_lightning.rollout.datamodule import StepPlan
+from dppo_lightning.records import Sequence
 from dppo_lightning.rollout.engine import Sampling
+from dppo_lightning.scaling.controller import Controller
 from dppo_lightning.scaling.fsdp2 import FSDP2Strategy
 from dppo_lightning.scaling.zero import ZeroStrategy
 from dppo_lightning.timeline import Timeline
@@ -59,6 +61,7 @@ class Recorded(pl.LightningDataModule):
     """Hands a rank its micro-batches of recorded steps, as the rollout data module would."""
 
     sampling = Sampling()
+    controller = Controller(SimpleNamespace(world_size=1))  # type: ignore[arg-type]  # nothing is directed
     steps_per_rollout = 1
     seed = 0
     longest = None
@@ -97,17 +100,10 @@ class Loader:
         trainer: Any = self.data.trainer
         module, mine = trainer.lightning_module, trainer.accumulate_grad_batches
         while trainer.global_step < trainer.max_steps:
-            sequences = self.data.steps[trainer.global_step]
-            weights = sequence_weights("seq-mean-token-sum", np.array([s.tokens for s in sequences]))
-            weight_of = dict(zip(map(id, sequences), weights, strict=True))
-            parts = split_by_tokens(sequences, trainer.world_size * mine, module.layout)
-            first = trainer.global_rank * mine
-            batches = [
-                pack(part, np.array([weight_of[id(s)] for s in part]), module.layout)
-                for part in parts[first : first + mine]
-            ]
-            self.data.plan = StepPlan([], batches, True, empty=not sequences)
-            yield from batches
+            step = trainer.global_step
+            plans = plan_step([], self.data.steps[step], True, module.weights, module.layout, trainer.world_size, mine)
+            self.data.plan = plans[trainer.global_rank]
+            yield from self.data.plan.batches
 
 
 class EngineLess(DPPOModule):

@@ -17,9 +17,10 @@ PROMPT, NEW, ROWS = 64, 64, 4
 STEP = """
 import json, re, sys
 import numpy as np, torch
-from dppo_lightning.batch import Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.objective import Objective, ReferenceKL
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Sequence
 from dppo_lightning.trust_region import BinaryTV
 
 model, checkpointing, prompt, new, rows = sys.argv[1], sys.argv[2] == "True", *map(int, sys.argv[3:])

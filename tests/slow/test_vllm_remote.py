@@ -24,8 +24,8 @@ from rollout.engine_case import LONGS, Case, ask, changed, error, weights
 from small_runs import fit
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Completion
 from dppo_lightning.errors import EngineError, SyncError
+from dppo_lightning.records import Completion
 from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
 from dppo_lightning.rollout.ports import hold_port
 from dppo_lightning.rollout.vllm_remote import VLLMRemote

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from dppo_lightning.module import DPPOModule
+from dppo_lightning.scoring import Scorer
 
 from .cases import DEFAULTS, Case
 
@@ -98,10 +98,8 @@ def steps(run: Path) -> list[dict[str, float]]:
 def test_every_region_trains_by_configuration_and_the_start_table_names_it(
     case: Case, tmp_path: Path, tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remember, passes = DPPOModule._remember_rollout, []
-    monkeypatch.setattr(
-        DPPOModule, "_remember_rollout", lambda *arguments: (passes.append(arguments), remember(*arguments))[1]
-    )
+    remember, passes = Scorer.remember, []
+    monkeypatch.setattr(Scorer, "remember", lambda *arguments: (passes.append(arguments), remember(*arguments))[1])
     name = type(case.region).__name__
     run = fit(tmp_path / name, tiny_policy_dir, configuration(case))
     table, described = start_rows(run), case.region.describe()

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import Sequence, pack
+from dppo_lightning.batch import pack
 from dppo_lightning.module import DPPOModule
 from dppo_lightning.policy import Policy
+from dppo_lightning.records import Sequence
 from dppo_lightning.scaling.controller import Controller
 from dppo_lightning.scaling.ranks import Ranks
 from dppo_lightning.trust_region import BinaryTV, Combined, FullKL, FullTV, PPOClip, TopKTV, TrustRegion
@@ -47,10 +48,10 @@ def make_module(
     module._trainer = SimpleNamespace(
         precision_plugin=precision or Precision(),
         accumulate_grad_batches=2,
-        world_size=1,
-        strategy=None,
-        datamodule=SimpleNamespace(steps_per_rollout=1, controller=Controller(Ranks(), module.work)),
+        strategy=SimpleNamespace(precision_plugin=precision or Precision(), root_device=torch.device("cpu")),
+        datamodule=SimpleNamespace(steps_per_rollout=1, controller=Controller(Ranks())),
     )
+    module.configure_model()
     return module
 
 
@@ -150,17 +151,17 @@ def test_in_bf16_what_is_kept_is_as_coarse_as_training_and_no_coarser(tiny_model
 def test_log_probs_are_scored_in_the_precision_of_training(precision: Any, tiny_model_dir: str) -> None:
     rows = sequences()
     module = make_module(tiny_model_dir, PPOClip(anchor="recomputed"), precision)
-    module._reference = [module.policy]
+    module.scorer.reference = module.policy
     batch = pack(rows, np.ones(len(rows)), module.layout)
     with module.trainer.precision_plugin.forward_context(), torch.no_grad():
         training = module.policy.head(module.policy.hidden_states(batch), batch)
     share = [rows]
     module.annotate(rows)
-    (_, remembered), *_ = found = module._remember_share((frozenset({"recomputed_logp"}), share))
+    (_, remembered), *_ = found = module.scorer.remember_share(share, frozenset({"recomputed_logp"}))
     assert len(remembered) == rows[0].tokens
     scored = (
-        module._score_share(("policy", share)),
-        module._score_share(("reference", share)),
+        module.scorer.policy_share(share),
+        module.scorer.reference_share(share),
         [logp for _, logp in found],
     )
     for logps in scored:
@@ -172,15 +173,19 @@ def test_log_probs_are_scored_in_the_precision_of_training(precision: Any, tiny_
 @pytest.mark.parametrize("needs", [["full"], ["recomputed_logp"], ["full", "recomputed_logp"]], ids=" ".join)
 def test_a_sequences_piece_is_sent_without_its_micro_batch(needs: list[str], tiny_model_dir: str) -> None:
     rows, module = sequences() * 16, make_module(tiny_model_dir, FullTV())
-    module._reference = [module.policy]
+    module.scorer.reference = module.policy
 
     def size(piece: Any) -> int:
         return 0 if piece is None else piece.nbytes
 
     for found in (
-        module._remember_share((frozenset(needs), [rows])),
-        module._remember_share((frozenset(needs), [rows[:32], rows[32:]])),
-        [(logp, None) for which in ("policy", "reference") for logp in module._score_share((which, [rows]))],
+        module.scorer.remember_share([rows], frozenset(needs)),
+        module.scorer.remember_share([rows[:32], rows[32:]], frozenset(needs)),
+        [
+            (logp, None)
+            for score in (module.scorer.policy_share, module.scorer.reference_share)
+            for logp in score([rows])
+        ],
     ):
         for pieces in found:
             assert 0 < sum(map(size, pieces)) <= len(pickle.dumps(pieces)) < sum(map(size, pieces)) + 1000
