@@ -6,14 +6,13 @@ training data are N generated tokens, packed one after another without padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dppo_lightning.packing import Layout, SegmentLayout, lay_out
+from dppo_lightning.packing import Layout, SegmentLayout, lay_out, moved
 from dppo_lightning.records import Sequence
 
 
@@ -68,14 +67,8 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The same batch with every tensor on ``device``."""
-        moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        if self.segments is not None:
-            moved["segments"] = self.segments.to(device)
-        return replace(self, **moved)
+        segments = None if self.segments is None else self.segments.to(device)
+        return replace(self, segments=segments, **moved(self, device))
 
 
 def pack(sequences: list[Sequence], weights: np.ndarray, layout: Layout = "rows") -> TrainingBatch:

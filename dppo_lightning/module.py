@@ -222,13 +222,12 @@ class DPPOModule(pl.LightningModule):
         Raises:
             ConfigError: A model cannot be used, on a single rank; on several each ends with the same RankError.
         """
-        if self.policy is not None:
-            if self._scorer is None or self._scorer.controller is not self.data.controller:
-                self._connect_ranks()
-            return
-        with self.data.together():
-            self._load()
-        self.data.agree(self.layout, "layout of micro-batches")
+        if self.policy is None:
+            with self.data.together():
+                self._load()
+            self.data.agree(self.layout, "layout of micro-batches")
+        if self._scorer is None or self._scorer.controller is not self.data.controller:
+            self._connect_ranks()
 
     def _load(self) -> None:
         settings: dict[str, Any] = {
@@ -255,7 +254,6 @@ class DPPOModule(pl.LightningModule):
             self._reference = [reference.requires_grad_(False).eval()]
             shard_frozen(self.trainer.strategy, reference)
         self.policy = policy
-        self._connect_ranks()
 
     def _connect_ranks(self) -> None:
         """Make what rank 0 can ask of every rank; a data module that is set up again has another controller."""

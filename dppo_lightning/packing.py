@@ -69,7 +69,7 @@ class Block:
     mask: Bool[Tensor, "b 1 Q K"] | None
 
     def to(self, device: torch.device | str) -> Block:
-        return replace(self, **_moved(self, device))
+        return replace(self, **moved(self, device))
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,8 @@ def _places(segments: list[Segment]) -> np.ndarray:
     return np.array([[segment.start] for segment in segments]) + np.where(steps < lengths, steps, 0)
 
 
-def _moved(record: Any, device: torch.device | str) -> dict[str, Tensor]:
+def moved(record: Any, device: torch.device | str) -> dict[str, Any]:
+    """The tensors among a record's fields, by name, on ``device``: what ``replace`` takes."""
     return {
         item.name: value.to(device, non_blocking=True)
         for item in fields(record)
