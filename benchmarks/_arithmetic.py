@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dppo_lightning.pretrained import load_tokenizer
+from dppo_lightning.base.pretrained import load_tokenizer
+from dppo_lightning.base.records import Prompt
 from dppo_lightning.prompts import ReasoningGymPrompts, Shuffled, encode
-from dppo_lightning.records import Prompt
-from dppo_lightning.rewards import ReasoningGymReward
+from dppo_lightning.reward import ReasoningGymReward
 
 SEED = 0
 QUESTIONS = 200
@@ -74,7 +74,7 @@ class Arithmetic:
                     "init_args": self.source(),
                 },
                 "reward": {
-                    "class_path": "dppo_lightning.rewards.ReasoningGymReward",
+                    "class_path": "dppo_lightning.reward.ReasoningGymReward",
                     "init_args": {"score": "lenient"},
                 },
                 "prompts_per_step": self.prompts,

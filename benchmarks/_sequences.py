@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dppo_lightning.records import Completion, Prompt, Sequence
+from dppo_lightning.base.records import Completion, Prompt, Sequence
 
 
 def make_sequences(

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 from trl import GRPOConfig, GRPOTrainer
 
-from dppo_lightning.records import Sequence
-from dppo_lightning.rewards import Sample
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.reward import Sample
 
 
 def make_trainer(

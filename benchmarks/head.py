@@ -17,10 +17,10 @@ import torch
 from _common import arguments, in_turn, machine, median, need_peers, peak_extra_mb, print_result, print_table, ratio
 from torch import Tensor, nn
 
-from dppo_lightning.batch import TrainingBatch
-from dppo_lightning.head import HeadOutput, PolicyHead
-from dppo_lightning.logits import LogitTransform
-from dppo_lightning.objective import Objective, ReferenceKL
+from dppo_lightning.base.batch import TrainingBatch
+from dppo_lightning.train.head import HeadOutput, PolicyHead
+from dppo_lightning.train.logits import LogitTransform
+from dppo_lightning.train.objective import Objective, ReferenceKL
 from dppo_lightning.trust_region import BinaryTV, FullTV, TopKTV
 from dppo_lightning.trust_region.base import TokenStats, TrustRegion
 
@@ -46,6 +46,7 @@ class Case:
             sequence=torch.zeros(tokens, dtype=torch.int64),
             position=torch.arange(tokens),
             version=torch.zeros(tokens, dtype=torch.int64),
+            step=0,
             real_tokens=tokens,
             topk_ids=topk,
             rollout_topk_logp=torch.full((tokens, 21), -11.0),

@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dppo_lightning import attention
-from dppo_lightning.batch import pack
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.policy import Policy
-from dppo_lightning.pretrained import load_model
-from dppo_lightning.records import Completion, Prompt, Sequence
+from dppo_lightning.base.batch import pack
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.pretrained import load_model
+from dppo_lightning.base.records import Completion, Prompt, Sequence
+from dppo_lightning.train import attention
+from dppo_lightning.train.policy import Policy
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- benchmarks/models.py writes from here -->\n", "<!-- to here -->"

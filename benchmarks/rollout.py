@@ -15,9 +15,9 @@ import sys
 import numpy as np
 from _common import arguments, in_turn, machine, median, print_result, print_table, ratio
 
-from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
-from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
-from dppo_lightning.rollout.vllm_settings import ENVIRONMENT
+from dppo_lightning.generate.engine import EngineSpec, Request, Sampling
+from dppo_lightning.generate.vllm.embedded import VLLMEmbedded
+from dppo_lightning.generate.vllm.settings import ENVIRONMENT
 
 
 def make_prompts(count: int, length: int, words: int) -> list[list[int]]:

@@ -23,10 +23,10 @@ from _sequences import make_sequences
 from head import in_new_process
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dppo_lightning.batch import pack
-from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.packing import split_by_tokens
-from dppo_lightning.policy import Policy
+from dppo_lightning.base.batch import pack
+from dppo_lightning.base.packing import split_by_tokens
+from dppo_lightning.train.objective import Objective, ReferenceKL
+from dppo_lightning.train.policy import Policy
 from dppo_lightning.trust_region import BinaryTV
 
 PROMPT, COMPLETION = 16, 240

@@ -31,12 +31,12 @@ from _common import arguments, in_turn, machine, median, need_peers, print_resul
 from _gate import ROOT, Gated, steps_in_turn
 from _sequences import make_sequences
 
-from dppo_lightning import packing
-from dppo_lightning.batch import TrainingBatch, pack
-from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.packing import Layout, split_by_tokens, worth_sharing
-from dppo_lightning.policy import Policy
-from dppo_lightning.records import Sequence
+from dppo_lightning.base import packing
+from dppo_lightning.base.batch import TrainingBatch, pack
+from dppo_lightning.base.packing import Layout, split_by_tokens, worth_sharing
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.train.objective import Objective, ReferenceKL
+from dppo_lightning.train.policy import Policy
 from dppo_lightning.trust_region import BinaryTV
 
 LONG_PROMPT = (256, 8, 64)

@@ -18,17 +18,17 @@ from typing import Any
 from _common import arguments, machine, print_result, print_table
 
 from dppo_lightning.advantage import GroupMean
-from dppo_lightning.callbacks.curves import read_metrics
-from dppo_lightning.callbacks.timeline_log import LANES, read_timeline
-from dppo_lightning.pretrained import load_tokenizer
+from dppo_lightning.base.pretrained import load_tokenizer
+from dppo_lightning.base.records import Prompt
+from dppo_lightning.generate.engine import EngineSpec, Sampling
+from dppo_lightning.generate.schedule import Schedule, Streaming
+from dppo_lightning.generate.scripted import ScriptedEngine
+from dppo_lightning.generate.stream import RolloutStream
 from dppo_lightning.prompts import Shuffled
-from dppo_lightning.records import Prompt
-from dppo_lightning.rewards import RewardFunction
-from dppo_lightning.rewards.base import Sample
-from dppo_lightning.rollout.engine import EngineSpec, Sampling
-from dppo_lightning.rollout.scripted import ScriptedEngine
-from dppo_lightning.rollout.stream import RolloutStream
-from dppo_lightning.rollout.streaming import Schedule, Streaming
+from dppo_lightning.reward import RewardFunction
+from dppo_lightning.reward.base import Sample
+from dppo_lightning.run.callbacks.curves import read_metrics
+from dppo_lightning.run.callbacks.record import LANES, read_timeline
 
 STALENESS = (0, 1, 4)
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

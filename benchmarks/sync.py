@@ -12,9 +12,9 @@ import time
 
 from _common import arguments, machine, print_result, print_table
 
-from dppo_lightning.policy import Policy
-from dppo_lightning.rollout.engine import EngineSpec
-from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.generate.engine import EngineSpec
+from dppo_lightning.generate.vllm.embedded import VLLMEmbedded
+from dppo_lightning.train.policy import Policy
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ def main() -> None:
     # Read once, when torch loads. By default OpenMP's threads spin while they wait: whenever another process wants the
     # cores, the engine among them, that more than doubles the CPU time of a small model's training.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from dppo_lightning.cli import main as run
+    from dppo_lightning.run.cli import main as run
 
     run()
 

@@ -7,37 +7,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.records import Group
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.records import Group
 
 NO_SIGNAL = 1e-6
-"""Rewards of a group that differ by less teach nothing: their advantages are all zero."""
+"""Difference of a group's rewards below which they teach nothing: their advantages are all zero."""
 
 ROUNDING = 1e-12
 """Share of a group's largest reward below which a difference from the mean is the rounding of the mean."""
 
 
 class AdvantageEstimator(ABC):
-    """Subclass and write ``estimate``; a per-group baseline subclasses ``GroupBaseline`` instead.
+    """Base of the estimators; subclasses write ``estimate``, or derive from ``GroupBaseline`` for a baseline per group.
 
-    ``minimum_samples`` is the smallest ``samples_per_prompt`` with which the estimator says anything.
+    Attributes:
+        minimum_samples: Smallest ``samples_per_prompt`` with which an advantage can differ from zero.
     """
 
     minimum_samples: int = 1
 
     @abstractmethod
     def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Advantages of one rollout: for each group its [G] rewards in, its [G] advantages out (float64)."""
+        """Compute advantages of one rollout: for each group its [G] rewards in, its [G] advantages out (float64)."""
 
     def per_token(self, groups: Sequence[Group], rewards: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Advantages of one rollout, token by token; override it where the tokens of a completion differ.
+        """Compute the advantages of one rollout token by token; override it where the tokens of a completion differ.
 
         Args:
             groups: Complete groups, with texts and rewards.
-            rewards: For each group [G] float64: its rewards, less what is subtracted from them (KL in the reward).
+            rewards: Rewards of each group, [G] float64, less what is subtracted from them (KL in the reward).
 
         Returns:
-            For each group, for each of its completions [T] float64.
+            Advantages, for each group, for each of its completions [T] float64.
         """
         return [
             [np.full(len(completion), advantage) for completion, advantage in zip(group.completions, mine, strict=True)]
@@ -68,7 +69,7 @@ class GroupBaseline(AdvantageEstimator):
 
     @abstractmethod
     def of_group(self, rewards: np.ndarray) -> np.ndarray:
-        """[G] rewards of one group to [G] advantages."""
+        """Turn the [G] rewards of one group into [G] advantages."""
 
     def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
         groups = [np.asarray(group, np.float64) for group in rewards]
@@ -76,12 +77,12 @@ class GroupBaseline(AdvantageEstimator):
 
 
 def without_signal(rewards: np.ndarray) -> bool:
-    """Whether a group's [G] rewards are all equal, up to ``NO_SIGNAL``."""
+    """Tell whether a group's [G] rewards are all equal, up to ``NO_SIGNAL``."""
     return bool(np.ptp(rewards) < NO_SIGNAL)
 
 
 def above_mean(rewards: np.ndarray) -> np.ndarray:
-    """[G] rewards minus their mean; exactly 0 for a reward that is the mean."""
+    """Rewards [G] minus their mean; exactly 0 for a reward that is the mean."""
     difference = rewards - rewards.mean()
     return np.where(np.abs(difference) <= ROUNDING * np.abs(rewards).max(), 0.0, difference)
 
@@ -97,7 +98,7 @@ class GroupMeanStd(GroupBaseline):
     """Reward minus the group's mean, divided by its sample standard deviation (GRPO, arXiv 2402.03300).
 
     Args:
-        tolerance: Groups whose standard deviation is at most this get zero advantages; >= 0.
+        tolerance: Largest standard deviation with which a group gets zero advantages, >= 0.
     """
 
     def __init__(self, tolerance: float = 1e-6) -> None:

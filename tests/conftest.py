@@ -6,16 +6,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from surroundings import TERMINAL, without_the_users_settings
+from tests.helpers.surroundings import TERMINAL, without_the_users_settings
 
 without_the_users_settings(os.environ)
 
-import limits
 import pytest
 from hypothesis import settings
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from small_models import save_character_tokenizer, save_tiny_llama
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.helpers import limits
+from tests.helpers.models import save_character_tokenizer, save_tiny_llama
 
 # The same examples every time, and no time limit on one: a test that fails, fails for everybody.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -23,13 +24,14 @@ settings.load_profile("suite")
 
 TOGETHER = {
     "scaling",
-    "rollout/test_adapters.py",
-    "rollout/test_engine_contract.py",
-    "rollout/test_restart.py",
-    "cli/test_export.py",
-    "test_lora.py",
-    "test_prepare.py",
-    "test_shared_prompt.py",
+    "generate/vllm/test_adapters.py",
+    "generate/test_engine_contract.py",
+    "generate/vllm/test_restart.py",
+    "run/test_export.py",
+    "run/test_fit.py",
+    "train/test_lora.py",
+    "run/test_prepare.py",
+    "train/test_shared_prompt.py",
 }
 """Folders and files whose tests share what is dear to make."""
 
@@ -75,7 +77,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def _start_no_ranks(launcher: object) -> None:
     """Of a trainer in the test's own process: Lightning's watch over the ranks would kill that process with them."""
-    pytest.fail("a trainer would start this test run once more as its other rank: see scaling/pool.py for ranks")
+    pytest.fail("a trainer would start this test run once more as its other rank: see helpers/rank_pool.py for ranks")
 
 
 @pytest.fixture(scope="session")

@@ -18,17 +18,17 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-HEAD = ("tests/test_head_in_bf16.py", "tests/test_head.py")
+HEAD = ("tests/train/test_head_in_bf16.py", "tests/train/test_head.py")
 SCORING = ("tests/trust_region/test_rollout_time.py",)
-OBJECTIVE = ("tests/test_objective.py", "tests/test_head.py")
-AGGREGATION = ("tests/test_aggregation.py",)
+OBJECTIVE = ("tests/train/test_objective.py", "tests/train/test_head.py")
+AGGREGATION = ("tests/train/test_aggregation.py",)
 ADVANTAGE = ("tests/test_advantage.py",)
-METRICS = ("tests/test_metrics.py",)
-BATCH = ("tests/test_batch.py", "tests/test_shared_prompt.py")
-ATTENTION = ("tests/test_shared_prompt.py",)
-MODEL_CHECK = ("tests/test_model_check.py",)
+METRICS = ("tests/train/test_metrics.py",)
+BATCH = ("tests/base/test_batch.py", "tests/train/test_shared_prompt.py")
+ATTENTION = ("tests/train/test_shared_prompt.py",)
+MODEL_CHECK = ("tests/train/test_model_check.py",)
 REGION = ("tests/trust_region/test_reference.py", "tests/trust_region/test_properties.py")
-MODULE = ("tests/test_module.py",)
+MODULE = ("tests/train/test_module.py",)
 
 
 def mutants(file: str, tests: tuple[str, ...], *changes: tuple[str, str]) -> list[Mutant]:
@@ -37,7 +37,7 @@ def mutants(file: str, tests: tuple[str, ...], *changes: tuple[str, str]) -> lis
 
 MUTANTS = [
     *mutants(
-        "head.py",
+        "train/head.py",
         HEAD,
         ("normalised.add_(log_total)", "pass"),
         ("(grad_logp != 0) | (grad_entropy != 0)", "grad_logp != 0"),
@@ -45,14 +45,14 @@ MUTANTS = [
         ("rollout_topk_logp=self._rollout_table(rows))", "rollout_topk_logp=normalised)"),
     ),
     *mutants(
-        "projection.py",
+        "train/projection.py",
         HEAD,
         ("self.logits(hidden[rows], weight, self.bias)", "self.logits(hidden[rows], weight, None)"),
         ("logits += bias", "logits += bias.to(dtype)"),
         ("sampled - logits.exp_().sum(dim=-1).log()", "sampled - logits.exp_().sum(dim=-1)"),
     ),
     *mutants(
-        "logits.py",
+        "train/logits.py",
         HEAD,
         ("part += piece.t() @ hidden", "part -= piece.t() @ hidden"),
         ("into.copy_(product @ self.product_weight)", "into.copy_(-(product @ self.product_weight))"),
@@ -72,24 +72,24 @@ MUTANTS = [
         ("return log_total + largest", "return log_total"),
     ),
     *mutants(
-        "logits.py",
+        "train/logits.py",
         MODEL_CHECK,
         ("return replace(found, temperature=temperature)", "return cls(temperature=temperature)"),
     ),
     *mutants(
-        "scoring.py",
+        "train/scoring.py",
         SCORING,
         ("torch.no_grad(), self.strategy.precision_plugin.forward_context():", "torch.no_grad():"),
         ("[found[i] for i in range(len(sequences))]", "list(found.values())"),
         ("piece.clone() for piece", "piece for piece"),
     ),
     *mutants(
-        "module.py",
+        "train/module.py",
         MODULE,
         ("output.loss * self.trainer.accumulate_grad_batches", "output.loss"),
     ),
     *mutants(
-        "objective.py",
+        "train/objective.py",
         OBJECTIVE,
         ("torch.expm1(-exact) + exact", "torch.expm1(exact) - exact"),
         ("0.5 * log_ratio.square()", "log_ratio.square()"),
@@ -98,7 +98,7 @@ MUTANTS = [
         ("loss - self.entropy_coefficient * tokens.entropy", "loss + self.entropy_coefficient * tokens.entropy"),
     ),
     *mutants(
-        "aggregation.py",
+        "train/objective.py",
         AGGREGATION,
         ("max(int(counted.sum()), 1)", "max(len(tokens), 1)"),
         ("1 / max(int(tokens.sum()), 1)", "1 / max(len(tokens), 1)"),
@@ -114,7 +114,7 @@ MUTANTS = [
         ("* count / (count - 1)", "* (count - 1) / count"),
     ),
     *mutants(
-        "metrics.py",
+        "train/metrics.py",
         METRICS,
         ('torch.maximum(self.value, other.value) if self.kind == "max" else', ""),
         ('values.sum() * (weight if kind == "mean" else 1.0)', "values.sum()"),
@@ -123,17 +123,17 @@ MUTANTS = [
         ("negative & (shift < -0.5)", "negative & (shift > 0.5)"),
     ),
     *mutants(
-        "records.py",
+        "base/records.py",
         BATCH,
         ("np.where(inside, np.float32(-np.inf), completion.logp[:, None])", "completion.logp[:, None]"),
     ),
     *mutants(
-        "batch.py",
+        "base/batch.py",
         BATCH,
         ("np.arange(s.tokens) for s", "s.generated for s"),
     ),
     *mutants(
-        "packing.py",
+        "base/packing.py",
         BATCH,
         ("index * width + sequence.generated - 1", "index * width + sequence.generated"),
         ("whole.start + sequence.generated - 1", "whole.start + sequence.generated"),
@@ -143,14 +143,14 @@ MUTANTS = [
         ("np.arange(past) < lengths[:, None, None, None]", "np.arange(past) < past + lengths[:, None, None, None]"),
     ),
     *mutants(
-        "attention.py",
+        "train/attention.py",
         ATTENTION,
         ("is_causal=True, scale=scaling", "is_causal=False, scale=scaling"),
         ("and window is None", "and True"),
         ('and getattr(config, "attn_logit_softcapping", None) is None', "and True"),
     ),
     *mutants(
-        "attention.py",
+        "train/attention.py",
         MODEL_CHECK,
         ("if unknown or dropout:", "if False:"),
     ),
@@ -194,15 +194,15 @@ MUTANTS = [
         "trust_region/sequence.py",
         REGION,
         ("(tokens.advantage > 0) & (ratio > 1 + self.epsilon_high)", "ratio > 1 + self.epsilon_high"),
-        ("segments.max(kl) if", "segments.mean(kl) if"),
+        ("sums.max(kl) if", "sums.mean(kl) if"),
         (
             "torch.expm1(tokens.logp.detach() - tokens.rollout_logp).abs() / 2",
             "(tokens.logp - tokens.rollout_logp).abs() / 2",
         ),
-        ("spent = segments.prefix_sum(weighted)", "spent = segments.prefix_sum(weighted) + weighted"),
+        ("spent = sums.prefix_sum(weighted)", "spent = sums.prefix_sum(weighted) + weighted"),
     ),
     *mutants(
-        "trust_region/segments.py",
+        "trust_region/sequence.py",
         REGION,
         ("(table.cumsum(dim=1) - table)", "table.cumsum(dim=1)"),
         (".sum(dim=1) / self.length", ".mean(dim=1)"),

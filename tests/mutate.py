@@ -22,7 +22,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, Mutant
+
+from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ("torch", "lightning.pytorch", "transformers.models.llama.modeling_llama", "hypothesis")

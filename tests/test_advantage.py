@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dppo_lightning.advantage as package
 from dppo_lightning.advantage import NO_SIGNAL, AdvantageEstimator, GroupBaseline, GroupMean, GroupMeanStd, LeaveOneOut
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 
 ESTIMATORS = [GroupMean(), GroupMeanStd(), LeaveOneOut()]
 REWARDS = [np.array([0.0, 1.0, 1.0, 0.0]), np.array([3.0, 0.0])]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_files import BENCHMARKS, load, shown_help
+
+from tests.helpers.benchmarks import BENCHMARKS, load, shown_help
 
 COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
 

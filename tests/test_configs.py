@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dppo_lightning.cli import DPPOCommandLine
-from dppo_lightning.module import DPPOModule
-from dppo_lightning.rollout.datamodule import RolloutDataModule
-from dppo_lightning.rollout.engine import RolloutEngine
+from dppo_lightning.generate.engine import RolloutEngine
+from dppo_lightning.run.cli import DPPOCommandLine
+from dppo_lightning.train.datamodule import RolloutDataModule
+from dppo_lightning.train.module import DPPOModule
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PIECES = [name for name in FILES if name.startswith("configs/scaling/")]
 """To add to a recipe; no recipes themselves."""

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmark_files import BENCHMARKS, shown_help
 
-from dppo_lightning.cli import DPPOCommandLine, main
-from dppo_lightning.commands import doctor_parser, export_parser, prepare_parser, underscored
-from dppo_lightning.metrics import GLOSSARY
-from dppo_lightning.parsing import known_classes
-from dppo_lightning.scaling.slurm import Job
+from dppo_lightning.run.cli import DPPOCommandLine, main
+from dppo_lightning.run.commands import export_parser, prepare_parser
+from dppo_lightning.run.doctor.command import doctor_parser
+from dppo_lightning.run.parsing import known_classes, underscored
+from dppo_lightning.run.slurm.script import Job
+from dppo_lightning.train.metrics import GLOSSARY
 from dppo_lightning.trust_region import TrustRegion
+from tests.helpers.benchmarks import BENCHMARKS, shown_help
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -53,7 +54,7 @@ def test_every_command_can_be_given(
         assert export_parser().parse_args(words[2:]).out
     elif words[:2] == ["dppo", "slurm"]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr("dppo_lightning.commands.submit", submitted := Submitted())
+        monkeypatch.setattr("dppo_lightning.run.commands.submit", submitted := Submitted())
         main(words[1:])
         assert submitted.job is not None
     elif words[:2] == ["dppo", "doctor"]:

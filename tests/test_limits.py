@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import running, take_signals, with_variable
-from surroundings import without_the_users_settings
 
-HERE = Path(__file__).parent
+from tests.helpers.places import ROOT
+from tests.helpers.processes import running, take_signals, with_variable
+from tests.helpers.surroundings import without_the_users_settings
+
 CONFTEST = """
-import limits
+from tests.helpers import limits
 
 def pytest_configure(config):
     limits.mark_this_run()
@@ -67,7 +68,7 @@ def test_a_test_that_hangs_is_named_what_it_started_ends_and_the_next_one_runs(w
     (tmp_path / "test_hanging.py").write_text(HANGING)
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", str(workers), "test_hanging.py"]
     command += ["-o", "timeout=60", "-o", "timeout_method=signal"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, preexec_fn=take_signals
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS, Mutant
-from mutate import mutated, name, try_all
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.places import ROOT
+from tests.mutants import MUTANTS, Mutant
+from tests.mutate import mutated, name, try_all
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=name)

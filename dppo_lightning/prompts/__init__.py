@@ -1,4 +1,4 @@
-"""Where questions come from: sources give raw examples, ``encode`` tokenises them, the sampler orders them."""
+"""Sources of questions give raw examples, ``encode`` tokenises them, the sampler orders them."""
 
 from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
 from dppo_lightning.prompts.encoding import encode

@@ -1,17 +1,22 @@
-"""encode: raw examples to prompts, rendered and tokenised exactly once."""
+"""Encoding of raw examples as prompts, each rendered and tokenised exactly once."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dppo_lightning.errors import DataError
-from dppo_lightning.prompts.base import Example
-from dppo_lightning.records import Prompt
-from dppo_lightning.special_tokens import beginning, begun, endings, from_beginning
+from dppo_lightning.base.errors import ConfigError, DataError
+from dppo_lightning.base.pretrained import context_length, load_tokenizer
+from dppo_lightning.base.records import Prompt
+from dppo_lightning.base.special_tokens import beginning, begun, endings, from_beginning, stop_tokens
+from dppo_lightning.prompts.base import Example, PromptSource
+
+log = logging.getLogger(__name__)
 
 # Texts tokenised in one call: enough to be fast, few enough that their offsets take no memory to speak of.
 CHUNK = 1024
@@ -26,22 +31,22 @@ def encode(
 ) -> tuple[list[Prompt], int]:
     """Render and tokenise examples.
 
-    Messages are rendered by the tokenizer's chat template, which writes its own special tokens; plain text gets what
-    the tokenizer puts before a text, unless it begins with it already. Nothing is put after a prompt.
+    Messages are rendered by the tokenizer's chat template, which writes its own special tokens; plain text gets the
+    tokens that the tokenizer puts before a text, unless it begins with them already. Nothing is put after a prompt.
 
     Args:
-        examples: At least one for training.
-        tokenizer: Of the model.
+        examples: Examples to encode, at least one for training.
+        tokenizer: The model's tokenizer.
         split: First part of each prompt's id; the second is the example's place, whether or not others are dropped.
-        longest: Longer prompts are dropped, in tokens; None: none is.
-        stops: Ids that end a completion, beside the tokenizer's own.
+        longest: Length above which a prompt is dropped, in tokens; None drops none.
+        stops: Ids that end a completion, in addition to the tokenizer's own.
 
     Returns:
-        The prompts in the order of their examples, and how many were dropped.
+        Prompts in the order of their examples, and the number of dropped ones.
 
     Raises:
-        DataError: Nothing to train on, everything is too long, messages that cannot be rendered, or a prompt that is
-            empty or ends with what ends a text.
+        DataError: There is nothing to train on, everything is too long, messages cannot be rendered, or a prompt is
+            empty or ends with a token that ends a text.
     """
     if not examples:
         if split == "train":
@@ -75,6 +80,57 @@ def encode(
             "data.max_prompt_tokens, lower data.max_new_tokens, or take a model with a longer context"
         )
     return prompts, len(examples) - len(prompts)
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A model's tokenizer and the prompts that it has encoded.
+
+    Attributes:
+        tokenizer: Tokenizer of the model.
+        stops: Ids that end a completion, each with who names it.
+        train: Training prompts.
+        heldout: Held-out prompts.
+        longest_sequence: Length of the longest prompt with its longest completion, in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stops: dict[int, str]
+    train: list[Prompt]
+    heldout: list[Prompt]
+    longest_sequence: int
+
+
+def load_prompts(
+    source: PromptSource, model: str, max_new_tokens: int, max_prompt_tokens: int | None = None
+) -> EncodedPrompts:
+    """Load a source's examples and encode them for a model; the log names how many are dropped as too long.
+
+    Args:
+        source: Source of the examples.
+        model: Hugging Face id or folder.
+        max_new_tokens: Length of the longest completion, in tokens.
+        max_prompt_tokens: Length above which prompts are dropped; None: as long as the model's context allows.
+
+    Raises:
+        ConfigError: The model has no tokenizer, or its context leaves no room for a prompt.
+        DataError: As ``PromptSource.load`` and ``encode``.
+    """
+    tokenizer, context = load_tokenizer(model), context_length(model)
+    if context is not None and max_new_tokens >= context:
+        raise ConfigError(
+            f"data.max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens"
+        )
+    room = None if context is None else context - max_new_tokens
+    longest = min((limit for limit in (max_prompt_tokens, room) if limit), default=None)
+    stops = stop_tokens(model, tokenizer)
+    sets = source.load()
+    train, dropped = encode(sets.train, tokenizer, "train", longest, stops)
+    heldout, heldout_dropped = encode(sets.heldout, tokenizer, "heldout", longest, stops)
+    if dropped or heldout_dropped:
+        log.info(f"dropped prompts longer than {longest} tokens: {dropped} for training, {heldout_dropped} held out")
+    widest = max(len(prompt.token_ids) for prompt in (*train, *heldout)) + max_new_tokens
+    return EncodedPrompts(tokenizer, stops, train, heldout, widest if context is None else min(widest, context))
 
 
 def _render(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> str:

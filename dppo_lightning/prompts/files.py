@@ -1,32 +1,30 @@
-"""JsonlPrompts and ParquetPrompts: questions from files."""
+"""JsonlPrompts and ParquetPrompts: questions from files, and messages for a file that is neither."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from dppo_lightning.errors import DataError, reason
-from dppo_lightning.optional import require
-from dppo_lightning.prompts.answers import narrowed
-from dppo_lightning.prompts.file_kinds import what_it_is
-from dppo_lightning.prompts.framing import PLACE, Framing
-from dppo_lightning.prompts.rows import RowPrompts, RowReader
+from dppo_lightning.base.errors import DataError, one_line, require
+from dppo_lightning.prompts.base import PLACE, Framing
+from dppo_lightning.prompts.rows import RowPrompts, RowReader, narrowed
 
 
 class FilePrompts(RowPrompts):
-    """Questions from a training file and maybe a held-out file. Subclass and write ``rows``.
+    """Base of questions from a training file and maybe a held-out file; subclasses write ``rows``.
 
-    A row has the question as text or as chat messages (each with "role" and "content", the last one what the model
-    answers), maybe an answer (text or a number), and any other columns, which go to the rewards. A question that is
+    A row has the question as text or as chat messages (each with "role" and "content"; the model answers the
+    last one), maybe an answer (text or a number), and any other columns, which go to the rewards. A question that is
     held out is removed from training.
 
     Args:
         train: File of training questions.
-        heldout: File of held-out questions; None: ``heldout_size`` decides.
-        heldout_size: Without a held-out file, this many different questions are drawn from the training file and held
-            out, >= 0. A larger number holds out the same questions and more.
-        seed: Of that draw, >= 0.
+        heldout: File of held-out questions; None leaves it to ``heldout_size``.
+        heldout_size: Number of different questions that are drawn from the training file and held out where there is no
+            held-out file, >= 0. A larger number holds out the same questions and more.
+        seed: Seed of the draw of held-out questions, >= 0.
         prompt_column: Column of the question's text.
         messages_column: Column of chat messages; a row has exactly one of the two.
         answer_column: Column of the reference answer.
@@ -56,7 +54,7 @@ class FilePrompts(RowPrompts):
 
 
 class JsonlPrompts(FilePrompts):
-    """Questions from JSON lines: one object a line, UTF-8; blank lines are skipped. Arguments: see FilePrompts."""
+    """Questions from JSON lines: one object a line, UTF-8; blank lines are skipped. Arguments: as FilePrompts."""
 
     def rows(self, part: str) -> Iterator[tuple[str, Any]]:
         try:
@@ -86,13 +84,13 @@ def _parsed(line: bytes, where: str, part: str) -> Any:
 
 
 def _other_kind(part: str) -> str | None:
-    """What the whole file is, where that is not JSON lines."""
+    """Say what the whole file is, where that is not JSON lines."""
     what = what_it_is(part)
     return None if what is None or "JsonlPrompts" in what else f"{part}: {what}"
 
 
 class ParquetPrompts(FilePrompts):
-    """Questions from Parquet files, read batch by batch. Arguments: see FilePrompts."""
+    """Questions from Parquet files, read batch by batch. Arguments: as FilePrompts."""
 
     def rows(self, part: str) -> Iterator[tuple[str, Any]]:
         arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
@@ -106,6 +104,41 @@ class ParquetPrompts(FilePrompts):
                         number += 1
                         yield f"{part}, row {number}", narrowed(row, answer, types.get(answer))
         except (OSError, arrow.ArrowException) as error:
-            why = getattr(error, "strerror", None) or reason(error)
+            why = getattr(error, "strerror", None) or one_line(error)
             what = what_it_is(part)
             raise DataError(f"{part}: cannot be read as Parquet: {f'it {what}' if what else why}") from error
+
+
+MAGIC = {
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it first",
+    b"BZh": "is compressed with bzip2: unpack it first",
+    b"\xfd7zXZ": "is compressed with xz: unpack it first",
+    b"PK\x03\x04": "is a zip archive: unpack it first",
+    b"PAR1": "is Parquet: read it with ParquetPrompts",
+    b"ARROW1": "is an Arrow file: load it with datasets and write it with to_parquet, for ParquetPrompts",
+    b"\xff\xfe": "is UTF-16: write it as UTF-8",
+    b"\xfe\xff": "is UTF-16: write it as UTF-8",
+}
+"""First bytes of a file -> what it is, and what to do."""
+
+
+def what_it_is(path: str) -> str | None:
+    """Say what a file or folder is, and what to do; None where that is not known, or it cannot be read."""
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "is a folder of save_to_disk: load it with load_from_disk and write it with to_parquet"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return None
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            return what
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"["):
+        return "is a JSON array: write one object a line"
+    if text.startswith(b"{"):
+        return "is JSON: JsonlPrompts reads it, one object a line"
+    return None

@@ -12,27 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from dppo_lightning.errors import ConfigError, DataError, reason
-from dppo_lightning.optional import require
-from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
-from dppo_lightning.prompts.framing import PLACE, Framing
-from dppo_lightning.prompts.separation import distinct_places, question_key, without
+from dppo_lightning.base.errors import ConfigError, DataError, one_line, require
+from dppo_lightning.prompts.base import (
+    PLACE,
+    Example,
+    Framing,
+    PromptSets,
+    PromptSource,
+    distinct_places,
+    question_key,
+    without,
+)
 
 log = logging.getLogger(__name__)
 
 
 class ReasoningGymPrompts(PromptSource):
-    """Questions of one reasoning-gym task, drawn from the seed; what is held out is never trained on.
+    """Questions of one reasoning-gym task, drawn from the seed; held-out questions are never trained on.
 
     ``columns`` of each example holds "task" and "entry", the task's own record of the question, for its scorer.
 
     Args:
-        task: A task of reasoning-gym, such as "chain_sum".
-        train: Training questions to draw, >= 1. Those that are held out are removed from them; repeated ones stay.
+        task: Name of a task of reasoning-gym, such as "chain_sum".
+        train: Number of training questions to draw, >= 1. Those that are held out are removed; repeated ones stay.
             Most tasks draw thousands in a second, a few puzzles only some.
-        heldout: Different held-out questions, >= 0; they do not depend on ``train``.
-        seed: Of all questions, >= 0; different seeds draw independently.
-        parameters: Of the task, such as {"max_terms": 3}.
+        heldout: Number of different held-out questions, >= 0; they do not depend on ``train``.
+        seed: Seed of all questions, >= 0; different seeds draw independently.
+        parameters: Parameters of the task, such as {"max_terms": 3}.
         template: Text around the question, with ``{question}`` in it.
         chat: Give the text as the user's message of a chat.
         system: System message of that chat.
@@ -105,16 +111,19 @@ class ReasoningGymPrompts(PromptSource):
         try:
             table = require("reasoning_gym").create_dataset(self.task, size=size, seed=seed, **self.parameters)
         except (TypeError, ValueError, AssertionError, AttributeError, LookupError, OSError) as error:
-            raise ConfigError(f"task {self.task!r} refuses its parameters: {reason(error)}") from error
+            raise ConfigError(f"task {self.task!r} refuses its parameters: {one_line(error)}") from error
         for place in range(size):
             try:
                 entry = table[place]
-            except Exception as error:  # generators raise whatever their search for a question ends with
-                raise DataError(f"task {self.task!r} cannot make question {place}: {reason(error)}") from error
+            except Exception as error:  # a generator may raise anything
+                raise DataError(f"task {self.task!r} cannot make question {place}: {one_line(error)}") from error
             yield self._example(entry)
 
     def _example(self, entry: dict[str, Any]) -> Example:
-        """The entry is kept as it is: some scorers compare its tuples, so it must not pass through JSON."""
+        """Make the example of an entry.
+
+        The entry is kept as it is: some scorers compare its tuples, so it must not pass through JSON.
+        """
         if self.lowercase:
             answer = entry["answer"]
             entry = entry | {

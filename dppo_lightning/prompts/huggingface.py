@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dppo_lightning.errors import DataError, reason
-from dppo_lightning.optional import require
-from dppo_lightning.prompts.answers import narrowed
-from dppo_lightning.prompts.file_kinds import what_it_is
-from dppo_lightning.prompts.framing import PLACE, Framing
-from dppo_lightning.prompts.rows import RowPrompts, RowReader
+from dppo_lightning.base.errors import DataError, one_line, require
+from dppo_lightning.prompts.base import PLACE, Framing
+from dppo_lightning.prompts.files import what_it_is
+from dppo_lightning.prompts.rows import RowPrompts, RowReader, narrowed
 
 
 class HuggingFacePrompts(RowPrompts):
@@ -20,17 +18,17 @@ class HuggingFacePrompts(RowPrompts):
         path: Name on the hub, or a local folder of JSONL, CSV or Parquet files.
         name: Configuration of the data set, such as "main".
         train_split: Split of the training questions, such as "train" or "train[:1000]".
-        heldout_split: Split of the held-out questions; None: ``heldout_size`` decides.
-        heldout_size: Without a held-out split, this many different questions are drawn from the training split and
-            held out, >= 0. A larger number holds out the same questions and more.
-        seed: Of that draw, >= 0.
+        heldout_split: Split of the held-out questions; None leaves it to ``heldout_size``.
+        heldout_size: Number of different questions that are drawn from the training split and held out where there is
+            no held-out split, >= 0. A larger number holds out the same questions and more.
+        seed: Seed of the draw of held-out questions, >= 0.
         prompt_column: Column of the question's text.
         messages_column: Column of chat messages; a row has exactly one of the two.
         answer_column: Column of the reference answer.
         template: Text around the question, with ``{question}`` in it; rows with messages are taken as they are.
         chat: Give the text as the user's message of a chat.
         system: System message of that chat.
-        revision: Commit or tag on the hub; None: the newest, which may change between runs.
+        revision: Commit or tag on the hub; None for the newest, which may change between runs.
 
     Raises:
         ConfigError: A number is negative, or two settings do not fit together.
@@ -67,7 +65,7 @@ class HuggingFacePrompts(RowPrompts):
             table = datasets.load_dataset(self.path, self.name, split=part, revision=self.revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             what = what_it_is(self.path)
-            raise DataError(f"{self.label(part)}: {what or f'cannot be loaded: {reason(error)}'}") from error
+            raise DataError(f"{self.label(part)}: {what or f'cannot be loaded: {one_line(error)}'}") from error
         answer = self.reader.answer_column
         kind = getattr((table.features or {}).get(answer), "dtype", None)
         for number, row in enumerate(table, start=1):

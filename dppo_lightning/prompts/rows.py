@@ -1,34 +1,33 @@
-"""Rows of a table as examples: the checks and the split that every kind of table shares."""
+"""Rows of a table become examples: their questions, and their reference answers as text."""
 
 from __future__ import annotations
 
 import logging
+import math
 import reprlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
-from dppo_lightning.errors import ConfigError, DataError
-from dppo_lightning.prompts.answers import answer_texts
-from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
-from dppo_lightning.prompts.framing import Framing
-from dppo_lightning.prompts.separation import distinct_places, without
+from dppo_lightning.base.errors import ConfigError, DataError
+from dppo_lightning.prompts.base import Example, Framing, PromptSets, PromptSource, distinct_places, without
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Turns one row into one Example.
+    """Reader that turns one row into one Example.
 
     Args:
-        prompt_column: Holds the question's text; framed.
-        messages_column: Holds chat messages; taken as they are. A row has exactly one of the two.
-        answer_column: Holds the reference answer, text or a number; may be missing.
-        framing: How a question becomes a prompt.
+        prompt_column: Column of the question's text, which is framed.
+        messages_column: Column of chat messages, which are taken as they are. A row has exactly one of the two.
+        answer_column: Column of the reference answer, text or a number; may be missing.
+        framing: Framing that makes a question a prompt.
 
     Raises:
         ConfigError: Two of the columns have the same name.
@@ -47,8 +46,8 @@ class RowReader:
         """Check a row and convert it, all but its answer; its other columns go to ``columns``.
 
         Args:
-            row: What the table holds.
-            where: File and line, for messages.
+            row: Row as the table holds it.
+            where: File and line of the row, for messages.
 
         Raises:
             DataError: The row cannot be used.
@@ -122,15 +121,15 @@ def _message(value: Any, where: str) -> Mapping[str, str]:
 
 
 class RowPrompts(PromptSource):
-    """Questions from a table with a training and maybe a held-out part. Subclass and write ``rows``.
+    """Base of questions from a table with a training and maybe a held-out part; subclasses write ``rows``.
 
     Args:
         train: Name of the training part.
-        heldout: Name of the held-out part; None: ``heldout_size`` decides.
-        heldout_size: Without a held-out part, this many different questions are drawn from the training part and held
-            out, >= 0. A larger number holds out the same questions and more.
-        seed: Of that draw, >= 0.
-        reader: Turns rows into examples.
+        heldout: Name of the held-out part; None leaves it to ``heldout_size``.
+        heldout_size: Number of different questions that are drawn from the training part and held out where there is no
+            held-out part, >= 0. A larger number holds out the same questions and more.
+        seed: Seed of the draw of held-out questions, >= 0.
+        reader: Reader that turns rows into examples.
 
     Raises:
         ConfigError: A number is negative, or both ``heldout`` and ``heldout_size`` are given.
@@ -153,7 +152,7 @@ class RowPrompts(PromptSource):
         """Yield (file and line, row) of the part called ``part``."""
 
     def label(self, part: str) -> str:
-        """What messages call the part."""
+        """Name of the part in messages."""
         return part
 
     def load(self) -> PromptSets:
@@ -189,3 +188,67 @@ class RowPrompts(PromptSource):
             )
         order = np.random.default_rng(self.seed).permutation(len(places))
         return [train[places[i]] for i in sorted(order[: self.heldout_size])]
+
+
+# Tables turn whole numbers into one of these where a value is missing, or where their writer had no other kind.
+Fractional = float | np.floating | Decimal
+
+
+def answer_texts(values: Sequence[Any], places: Sequence[str]) -> list[str | None]:
+    """Convert the answers of one column to text; a missing one (null, NaN) is None.
+
+    Floats and decimals are written without a fraction when every one of the column is a whole number, else as Python
+    writes them: 6.0 among whole numbers is "6", in a column with 6.5 it is "6.0".
+
+    Args:
+        values: Values of the column (text, numbers, null or NaN), in the order of the rows.
+        places: File and line of each value, for messages.
+
+    Raises:
+        DataError: A value is neither text nor a finite number, or a whole number that a float cannot hold exactly.
+    """
+    numbers = [value for value in values if isinstance(value, Fractional) and not _missing(value)]
+    whole = all(math.isfinite(value) and value == int(value) for value in numbers)
+    return [_answer_text(value, whole, where) for value, where in zip(values, places, strict=True)]
+
+
+def _answer_text(value: Any, whole: bool, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Fractional) and _missing(value):
+        return None
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer | Fractional):
+        raise DataError(f"{where} must be text or a finite number, got {reprlib.repr(value)}")
+    if not math.isfinite(value):
+        raise DataError(f"{where} must be text or a finite number, got {reprlib.repr(value)}")
+    if isinstance(value, int | np.integer) or not whole:
+        return str(value)
+    if not isinstance(value, Decimal) and abs(float(value)) >= exact_below(value):
+        raise DataError(
+            f"{where} is {value}, and such a float has lost the last digits of a whole number from "
+            f"{exact_below(value)} on: store the answers as integers or text"
+        )
+    return str(int(value))
+
+
+def narrowed(row: Mapping[str, Any], column: str, kind: str | None) -> Mapping[str, Any]:
+    """Convert a number of ``column`` to the narrow float that the table holds: 0.1, not 0.10000000149011612.
+
+    Args:
+        row: Row as the table's reader gives it, every float a double.
+        column: Name of the column; the row may lack it.
+        kind: Type of the column, as pyarrow and datasets call it ("float" and "float32" are the same).
+    """
+    narrow = {"halffloat": np.float16, "float16": np.float16, "float": np.float32, "float32": np.float32}.get(str(kind))
+    if narrow is None or row.get(column) is None:
+        return row
+    return {**row, column: narrow(row[column])}
+
+
+def exact_below(value: Any) -> int:
+    """Bound below which the float's type holds every whole number exactly: 2^53 for a double."""
+    return 2 ** (int(np.finfo(type(value)).nmant) + 1)
+
+
+def _missing(value: float | np.floating | Decimal) -> bool:
+    return value.is_nan() if isinstance(value, Decimal) else bool(np.isnan(value))

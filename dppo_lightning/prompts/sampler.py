@@ -1,4 +1,4 @@
-"""PromptSampler: which prompts are asked next."""
+"""PromptSampler: the order in which prompts are asked."""
 
 from __future__ import annotations
 
@@ -8,47 +8,57 @@ from typing import Any
 
 import numpy as np
 
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.records import Prompt
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.records import Prompt
 
 
 class PromptSampler(ABC):
-    """Subclass and write ``draw``; what it remembers goes into ``state_dict``.
+    """Base of the samplers; subclasses write ``draw``, and put what it remembers into ``state_dict``.
 
     Attributes:
-        prompts: The training prompts, at least one.
-        seed: Of the run.
+        prompts: Training prompts, at least one.
+        seed: Seed of the run.
     """
 
     prompts: Sequence[Prompt]
     seed: int
 
     def start(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Called before the first draw, and again by a second ``fit``, which draws on where the first has stopped."""
+        """Get ready to draw; called before the first draw, and again by a second ``fit``, which goes on from the first.
+
+        Args:
+            prompts: Training prompts, at least one.
+            seed: Seed of the run.
+        """
         self.prompts = prompts
         self.seed = seed
 
     @abstractmethod
     def draw(self, count: int) -> list[Prompt]:
-        """Exactly ``count`` prompts, the next ones; when all were given it begins again."""
+        """Return exactly ``count`` prompts, the next ones; when all were given it begins again."""
 
     def record(self, prompt: Prompt, pass_rate: float) -> None:  # noqa: B027  # most samplers need not know
-        """Told of every group that was generated: the share in [0, 1] of its completions that are solved."""
+        """Take note of a generated group; called for each.
+
+        Args:
+            prompt: Prompt of the group.
+            pass_rate: Share of its completions that are solved, in [0, 1].
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on drawing as if there had been no interruption."""
+        """State from which drawing goes on as if there had been no interruption."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state."""
+        """Restore a state that ``state_dict`` returned."""
 
 
 def draw(sampler: PromptSampler, count: int) -> list[Prompt]:
-    """The next ``count`` prompts of a sampler.
+    """Return the next ``count`` prompts of a sampler.
 
     Raises:
-        ConfigError: It gives another number of prompts, or something else than prompts.
+        ConfigError: The sampler gives another number of prompts, or something else than prompts.
     """
     asked = f"{type(sampler).__name__}.draw({count})"
     try:
@@ -72,7 +82,7 @@ def _kind(value: object) -> str:
 
 
 class Shuffled(PromptSampler):
-    """Visits every prompt once per pass, in an order drawn anew for each pass from the seed."""
+    """Sampler that visits every prompt once per pass, in an order that each pass draws for itself from the seed."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -82,7 +92,7 @@ class Shuffled(PromptSampler):
         self._orders: dict[int, np.ndarray] = {}  # of the passes that the last draw was from: each is drawn once
 
     def draw(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; begins another pass when one is through."""
+        """Return the next ``count`` prompts; begin another pass when one is through."""
         places = [divmod(self.drawn + offset, len(self.prompts)) for offset in range(count)]
         self._orders = {turn: self._order(turn) for turn in {turn for turn, _ in places}}
         self.drawn += count
@@ -101,10 +111,10 @@ class Shuffled(PromptSampler):
 
 
 class PassRateCurriculum(PromptSampler):
-    """Prefers prompts that the policy solves sometimes: all-right and all-wrong groups teach nothing.
+    """Sampler that prefers prompts that the policy solves sometimes: all-right and all-wrong groups teach nothing.
 
     A prompt with pass rate p is drawn with weight max(floor, 4 p (1 - p)), which is the variance of its reward. The
-    pass rate is a running mean of what was recorded; prompts never asked count as ``prior``. One draw takes no prompt
+    pass rate is a running mean of the recorded ones; prompts never asked count as ``prior``. One draw takes no prompt
     twice, unless it is larger than the number of prompts.
 
     Args:
@@ -130,7 +140,7 @@ class PassRateCurriculum(PromptSampler):
         self.pass_rates: dict[str, float] = {}
 
     def draw(self, count: int) -> list[Prompt]:
-        """Prompts drawn without replacement by their weights."""
+        """Return prompts drawn without replacement by their weights."""
         rates = np.array([self.pass_rates.get(prompt.id, self.prior) for prompt in self.prompts])
         weights = np.maximum(self.floor, 4 * rates * (1 - rates))
         chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""Heartbeat: a rank that has died is noticed, although the others wait for it in an operation without a time limit."""
+"""Heartbeat: notices that a rank has died, although the others wait for it in an operation without a time limit."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from torch.distributed import DistError, TCPStore
 INTERVAL = 5.0
 """Seconds between two signs of life."""
 
-TELLING = 10.0
-"""Seconds that rank 0, with which the store ends, waits at most for the others to read there who has failed."""
+LONGEST_READING = 10.0
+"""Longest time, in seconds, that rank 0 waits for the others to read who has failed: its store ends with it."""
 
 
 class Heartbeat:
-    """Threads that show that this rank is alive, and look whether the others are.
+    """Threads that show that this rank is alive, and watch whether the others are.
 
-    Rank 0 keeps the signs of life in a store and watches every rank; the others watch rank 0, and read there who has
-    failed. When a rank has, a thread prints one line and ends the process: the main thread cannot be woken from a
-    collective operation. A rank that has said that it leaves is not missed.
+    Rank 0 keeps the signs of life in a store and watches every rank; the others watch rank 0, and read in the store who
+    has failed. When a rank has failed, a thread prints one line and ends the process: the main thread cannot be woken
+    from a collective operation. A rank that has written that it leaves is not missed.
 
     One thread asks the store and one looks at the clock: a question to a machine that is gone is never answered.
 
     Args:
-        rank: Of this process.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        address: What ``listen`` returned on rank 0.
+        address: Host and port of rank 0's store, as ``listen`` returned them there.
+        store: Store that ``listen`` opened on rank 0; None on the others, which connect to ``address``.
         silence: Seconds without a sign of life after which a rank counts as dead.
         interval: Seconds between two signs of life.
-        clock: Tells seconds, for how long another has been silent.
+        clock: Clock that measures how long another rank has been silent, in seconds.
     """
-
-    _listening: TCPStore | None = None  # between listen and the constructor, on rank 0
 
     def __init__(
         self,
         rank: int,
         world_size: int,
         address: tuple[str, int],
+        store: TCPStore | None = None,
         silence: float = 45.0,
         interval: float = INTERVAL,
         clock: Callable[[], float] = time.monotonic,
@@ -52,12 +52,10 @@ class Heartbeat:
         self.interval = min(interval, silence / 4)
         self._clock = clock
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
-        if rank == 0:
-            assert Heartbeat._listening is not None, "Heartbeat.listen comes first"
-            self._store, Heartbeat._listening = Heartbeat._listening, None
-        else:
+        if store is None:
             host, port = address
-            self._store = TCPStore(host, port, world_size, False, timedelta(seconds=silence), wait_for_workers=False)
+            store = TCPStore(host, port, world_size, False, timedelta(seconds=silence), wait_for_workers=False)
+        self._store = store
         self._stopped = threading.Event()
         self._counts: dict[int, int] = {}
         self._heard: dict[int, float] = {}
@@ -69,25 +67,29 @@ class Heartbeat:
         self._asking.start()
         self._watching.start()
 
-    @classmethod
-    def listen(cls, world_size: int) -> tuple[str, int]:
-        """On rank 0: open the store on a free port.
+    @staticmethod
+    def listen(world_size: int) -> tuple[TCPStore, tuple[str, int]]:
+        """Open the store on a free port; for rank 0.
 
         Returns:
-            Host and port for the other ranks.
+            The store, for this rank's heartbeat, and its host and port, for those of the other ranks.
         """
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        cls._listening = TCPStore(host, 0, world_size, True, wait_for_workers=False)
-        return host, cls._listening.port
+        store = TCPStore(host, 0, world_size, True, wait_for_workers=False)
+        return store, (host, store.port)
 
     def stop(self, failure: str | None = None) -> None:
-        """End the threads; ``failure`` is a line that the other ranks print before they end."""
+        """End the threads.
+
+        Args:
+            failure: Line that the other ranks print before they end; None where this rank leaves in good order.
+        """
         if self._stopped.is_set():
             return
         self._stopped.set()
         self._watching.join()
         self._asking.join(self.silence)
-        if self._asking.is_alive():  # still without an answer: rank 0 is beyond being told
+        if self._asking.is_alive():  # still without an answer: rank 0 cannot be reached
             return
         try:
             if failure is not None:
@@ -115,11 +117,11 @@ class Heartbeat:
                 os._exit(1)
 
     def _beat(self) -> str | None:
-        """Show life, look for it; the line of a rank that has failed, if any."""
+        """Show that this rank is alive and look at the others; return the line of a rank that has failed, if any."""
         self._store.add(f"beat/{self.rank}", 1)
         if self._store.add("failures", 0):
             failure = self._store.get("failure").decode()
-            self._store.add(f"told/{self.rank}", 1)
+            self._store.add(f"read/{self.rank}", 1)
             return failure
         now = self._clock()
         for rank in self._watched:
@@ -136,16 +138,16 @@ class Heartbeat:
         return None
 
     def _post(self, failure: str, dead: int | None = None) -> None:
-        """Write who has failed; rank 0 returns when the others have read it, but for one that is ``dead``."""
+        """Write who has failed; rank 0 then waits until the others, except one that is ``dead``, have read it."""
         self._store.set("failure", failure)
         self._store.add("failures", 1)
         if self.rank == 0:
-            deadline = time.monotonic() + TELLING
+            deadline = time.monotonic() + LONGEST_READING
             waiting = [rank for rank in self._watched if rank != dead]
             while waiting and time.monotonic() < deadline:
                 time.sleep(min(self.interval, 0.1))
                 waiting = [rank for rank in waiting if not self._knows(rank)]
 
     def _knows(self, rank: int) -> bool:
-        """Whether a rank has read of the failure, or has left."""
-        return any(self._store.add(f"{what}/{rank}", 0) > 0 for what in ("told", "left"))
+        """Tell whether a rank has read of the failure, or has left."""
+        return any(self._store.add(f"{what}/{rank}", 0) > 0 for what in ("read", "left"))

@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies train as they should, and what to use in the place of the others."""
+"""Check of ``trainer.strategy``: refuses strategies that train wrongly, and names what to use instead."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.scaling.fsdp2 import FSDP2Strategy
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.scaling.sharding import FSDP2Strategy
 from dppo_lightning.scaling.zero import ZeroStrategy
 
 ACCEPTED = (SingleDeviceStrategy, DDPStrategy, ZeroStrategy, FSDP2Strategy)
@@ -29,17 +29,18 @@ WRONG = {
     XLAStrategy: "was never run",
     SingleDeviceXLAStrategy: "was never run",
 }
-"""Others of Lightning's, some of which derive from an accepted one, and what is wrong with them."""
+"""Lightning's other strategies, some of which derive from an accepted one -> what is wrong with them."""
 
 
 def check_strategy(strategy: Strategy | str | None) -> None:
     """Refuse a strategy under which the updates would not be those of one process.
 
     Args:
-        strategy: A value of ``trainer.strategy``: an object, a name of Lightning's, or None.
+        strategy: Value of ``trainer.strategy``: an object, a name of Lightning's, or None.
 
     Raises:
-        ConfigError: It is neither SingleDeviceStrategy, DDPStrategy, ZeroStrategy, FSDP2Strategy nor one of their kin.
+        ConfigError: The strategy is neither SingleDeviceStrategy, DDPStrategy, ZeroStrategy, FSDP2Strategy nor derived
+            from one.
     """
     if strategy is None or strategy == "auto":
         return
@@ -47,17 +48,22 @@ def check_strategy(strategy: Strategy | str | None) -> None:
 
 
 def check_kind(name: str, kind: type[Strategy] | None, settings: Mapping[str, Any]) -> None:
-    """The same of a class that is not built; ``settings``: its ``stage`` and ``start_method``, where it has them.
+    """Refuse a strategy that is known by its class, before one is built; else as ``check_strategy``.
+
+    Args:
+        name: Name of the strategy, for the message.
+        kind: Class of the strategy; None where Lightning knows no strategy of that name.
+        settings: Settings of the strategy, of which ``stage`` and ``start_method`` matter, where it has them.
 
     Raises:
-        ConfigError: As ``check_strategy``.
+        ConfigError: Updates under the strategy would not be those of one process.
     """
     if kind is not None and issubclass(kind, (ZeroStrategy, FSDP2Strategy)):
         return
-    reason = next((reason for wrong, reason in WRONG.items() if kind is not None and issubclass(kind, wrong)), None)
-    if kind is None or reason is not None or not issubclass(kind, ACCEPTED):
-        reason = reason or ("is none that Lightning knows" if kind is None else "was never compared with one process")
-        raise ConfigError(f"trainer.strategy: {name} {reason}; use {_instead(name, kind, settings)}")
+    fault = next((fault for wrong, fault in WRONG.items() if kind is not None and issubclass(kind, wrong)), None)
+    if kind is None or fault is not None or not issubclass(kind, ACCEPTED):
+        fault = fault or ("is none that Lightning knows" if kind is None else "was never compared with one process")
+        raise ConfigError(f"trainer.strategy: {name} {fault}; use {_instead(name, kind, settings)}")
     start = settings.get("start_method", "popen")
     if start != "popen":
         raise ConfigError(
@@ -67,12 +73,14 @@ def check_kind(name: str, kind: type[Strategy] | None, settings: Mapping[str, An
 
 
 def _described(strategy: Strategy | str) -> tuple[str, type[Strategy] | None, dict[str, Any]]:
-    """Its name for a message, its class, and the settings that matter here."""
+    """Return the strategy's name for a message, its class, and the settings that matter here."""
     if isinstance(strategy, str):
         if strategy not in StrategyRegistry:
             return repr(strategy), None, {}
         known = StrategyRegistry[strategy]
         return strategy, known["strategy"], known["init_params"]
+    # DDPStrategy keeps start_method in a private field: without it a DDP that forks or spawns its ranks is let through,
+    # and what they train is lost.
     found = {"stage": getattr(strategy, "config", None), "start_method": getattr(strategy, "_start_method", "popen")}
     if isinstance(found["stage"], dict):
         found["stage"] = found["stage"].get("zero_optimization", {}).get("stage")
@@ -80,7 +88,7 @@ def _described(strategy: Strategy | str) -> tuple[str, type[Strategy] | None, di
 
 
 def _instead(name: str, kind: type[Strategy] | None, settings: Mapping[str, Any]) -> str:
-    """The piece of configs/scaling/ that does what was wanted."""
+    """Name the piece of configs/scaling/ to use instead."""
     wanted = name.lower() if kind is None else " ".join(base.__name__.lower() for base in kind.__mro__)
     if "deepspeed" in wanted or "zero" in wanted:
         stage = settings.get("stage")

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -21,34 +21,35 @@ from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.scaling.resume import is_universal, ranks_of
 from dppo_lightning.scaling.sharding import ShardingStrategy
-from dppo_lightning.scaling.universal import is_universal, ranks_of
 
 Offload = Literal["none", "cpu", "nvme"]
 
 EXTENSIONS = Path("~/.cache/dppo-lightning/torch_extensions")
-"""Where DeepSpeed's compiled operations go, unless TORCH_EXTENSIONS_DIR says otherwise."""
+"""Folder of DeepSpeed's compiled operations, unless TORCH_EXTENSIONS_DIR names another."""
 
 
 class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
     """Shards of optimizer state (stage 1), of gradients too (2), of parameters too (3).
 
-    Differs from Lightning's DeepSpeedStrategy: CPU ranks are allowed; deepspeed is imported when the run starts, after
-    it has been told the accelerator; a model is loaded straight into shards; and a step's gradient is the sum over its
+    Differs from Lightning's DeepSpeedStrategy: CPU ranks are allowed; deepspeed is imported when the run starts, once
+    the accelerator is set; a model is loaded straight into shards; and a step's gradient is the sum over its
     micro-batches that it is under any other strategy, not that sum divided by their number.
 
     Args:
-        stage: What is sharded.
-        offload_optimizer: Where optimizer state lives when not on the device. "cpu" works at every stage, "nvme" at 3.
-        offload_parameters: Where parameters live when not on the device; stage 3 only.
+        stage: ZeRO stage, see above.
+        offload_optimizer: Place of the optimizer state when not on the device. "cpu" works at every stage, "nvme" at 3.
+        offload_parameters: Place of the parameters when not on the device; stage 3 only.
         nvme_path: Folder on a local disk, for offload to "nvme".
-        param_persistence_threshold: Stage 3 keeps parameters of fewer elements whole on every rank.
-        reduce_bucket_size: Gradients are reduced in pieces of this many elements.
-        allgather_bucket_size: Parameters are gathered in pieces of this many elements (stages 1 and 2).
-        prefetch_bucket_size: Elements gathered ahead of their use (stage 3).
-        max_live_parameters: Elements that may be whole at a time (stage 3).
-        timeout_minutes: Of one collective operation of training; waiting for a rollout is not one.
+        param_persistence_threshold: Number of elements below which stage 3 keeps a parameter whole on every rank.
+        reduce_bucket_size: Number of elements in a piece of gradients that is reduced at a time.
+        allgather_bucket_size: Number of elements in a piece of parameters that is gathered at a time (stages 1 and 2).
+        prefetch_bucket_size: Number of elements gathered ahead of their use (stage 3).
+        max_live_parameters: Number of elements that may be whole at a time (stage 3).
+        timeout_minutes: Longest time of one collective operation of training, in minutes; waiting for a rollout is not
+            one.
 
     Raises:
         ConfigError: deepspeed is not installed, or two settings do not fit together.
@@ -86,6 +87,8 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
                 },
             )
         )
+        # From here on the fields that DeepSpeedStrategy's constructor would set: its other methods read them, and fail
+        # with an AttributeError where one is missing.
         self.remote_device = None
         self.load_full_weights = False
         self.exclude_frozen_parameters = False
@@ -94,11 +97,11 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         self.loss_scale_window = 1000
         self.hysteresis = 2
         self.min_loss_scale = 1
-        self._config_initialized = False
+        self._config_initialized = False  # the trainer's settings are not in self.config yet
         self._frozen_engines: list[Any] = []
 
     def setup_environment(self) -> None:
-        """Join the process group; tell deepspeed the accelerator before it looks for one itself."""
+        """Set the accelerator before deepspeed looks for one itself, and join the process group."""
         assert self.parallel_devices is not None
         if isinstance(self.accelerator, CPUAccelerator):
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -110,7 +113,8 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         if isinstance(self.accelerator, CPUAccelerator):
             if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
                 raise ConfigError("deepspeed was imported for another accelerator: set DS_ACCELERATOR=cpu")
-            # of use in inference only, and a minute to compile
+            # deepspeed's own table of operations that can be compiled here. Without this line it spends a minute on
+            # compiling one that is of use in inference only.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.precision_plugin = ZeroPrecision(self.precision_plugin.precision)  # type: ignore[arg-type]
         DDPStrategy.setup_environment(self)
@@ -129,7 +133,9 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """While a model is loaded: under stage 3 transformers cuts it into shards tensor by tensor."""
+        """Context for loading a model, which transformers cuts into shards tensor by tensor under stage 3."""
+        # Private to Lightning. Without this call the config that transformers reads has no precision yet, and the
+        # shards are made in another dtype than the run's.
         self._init_config_if_needed()
         if not self.zero_stage_3:
             yield
@@ -141,7 +147,7 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         del keep_alive
 
     def shard_frozen(self, reference: nn.Module) -> None:
-        """Under stage 3 the reference gets an engine of its own, without an optimizer."""
+        """Give the reference an engine of its own under stage 3, without an optimizer."""
         if not self.zero_stage_3:
             return
         import deepspeed
@@ -159,28 +165,31 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
     @contextmanager
     def scoring(self) -> Generator[None, None, None]:
-        """Stage 3 gathers ahead by the order of a training step, which a pass of its own does not finish.
+        """Context for passes without gradient, which are kept out of stage 3's order of modules.
 
-        So the order is begun anew on both sides of it, and what was gathered and not used is let go: the next step, or
-        the weights' way to the engine, would find it half gathered.
+        Stage 3 gathers ahead by the order of a training step, which such a pass does not finish. So the order begins
+        again before and after the pass, and parameters that were gathered and not used are let go: the next step, or
+        the sending of weights to the engine, would find them half gathered.
         """
         if self.zero_stage_3:
-            self._begin_order_anew()
+            self._restart_order()
         yield
         if self.zero_stage_3:
-            self._begin_order_anew()
+            self._restart_order()
 
-    def _begin_order_anew(self) -> None:
+    def _restart_order(self) -> None:
         for engine in (self.deepspeed_engine, *self._frozen_engines):
             offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+            # Internal to deepspeed, which offers nothing else. Without these calls the pass is recorded as a part of
+            # the order, and parameters stay gathered after it.
             coordinator = offload.get_param_coordinator()
             offload.partition_all_parameters()
             if coordinator.is_record_trace():
-                coordinator._invalidate_trace()  # what it has recorded is no training step
+                coordinator._invalidate_trace()  # the order recorded so far is that of no training step
             coordinator.reset_step()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by the number of micro-batches; deepspeed is told not to do it again."""
+        """Keep deepspeed from dividing the loss by the number of micro-batches: Lightning has done it already."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @property
@@ -190,18 +199,20 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         return None if norm is None else float(norm)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint of this number of ranks, or one that ``universal.reshape`` has written.
+        """Load a checkpoint of this number of ranks, or one that ``scaling.resume.reshape`` has written.
 
         Raises:
-            ConfigError: Another number of ranks has written it.
+            ConfigError: Another number of ranks has written the checkpoint.
         """
         universal = is_universal(checkpoint_path)
+        # Private to deepspeed, which sets it when the engine is made, before the checkpoint is known. Without this line
+        # a reshaped checkpoint is read as one with a file per rank, which it does not have.
         self.deepspeed_engine._config.load_universal_checkpoint = universal
         ranks = ranks_of(checkpoint_path)
         if not universal and ranks and ranks != self.world_size:
             raise ConfigError(
                 f"{str(checkpoint_path)!r} was written by {ranks} ranks and this run has {self.world_size}: "
-                "write it anew with dppo_lightning.scaling.universal.reshape, and resume from that"
+                "write it again with dppo_lightning.scaling.resume.reshape, and resume from that"
             )
         state = super().load_checkpoint(checkpoint_path, weights_only)
         engine = self.deepspeed_engine
@@ -216,17 +227,24 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Leaves batches as they are: log-probs, advantages and weights of the loss stay float32.
+    """Precision that leaves batches as they are: log-probs, advantages and weights of the loss stay float32.
 
-    What is a model's own is cast as under any precision, its buffers excepted: see precision.KeepsBuffers.
+    A model's parameters are cast as under any precision, its buffers are not: see ``KeepsBuffers`` in train/policy.py.
     """
 
     def convert_input(self, data: Any) -> Any:
         return data
 
 
+def gathered_parameters(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """Make parameters that ZeRO-3 holds in shards whole, on every rank, for as long as the context lasts."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
 def gradient_norm_of_step(trainer: pl.Trainer) -> float | None:
-    """The last step's gradient norm where only the strategy knows it, else None."""
+    """Gradient norm of the last step where only the strategy knows it, else None."""
     strategy = trainer.strategy
     return strategy.gradient_norm if isinstance(strategy, ZeroStrategy) else None
 
@@ -262,7 +280,7 @@ def _zero_section(
 
 
 def _config(zero: dict[str, Any]) -> dict[str, Any]:
-    """Lightning adds precision, micro-batches per step and gradient clipping, from the trainer's settings."""
+    """Config of deepspeed; Lightning adds precision, micro-batches per step and clipping of the trainer."""
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

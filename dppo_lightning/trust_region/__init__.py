@@ -1,4 +1,4 @@
-"""The trust regions, each a small class that can be named by ``class_path``."""
+"""Trust regions, each a small class that can be named by ``class_path``."""
 
 from dppo_lightning.trust_region.band import BandPO
 from dppo_lightning.trust_region.base import (

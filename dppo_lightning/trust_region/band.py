@@ -29,8 +29,8 @@ class BandPO(TrustRegion):
     themselves are not computed. With "tv" this is ``BinaryTV``, with "kl" ``BinaryKL``.
 
     Args:
-        delta: Divergence allowed, > 0.
-        divergence: "kl", "tv" or "chi2".
+        delta: Threshold on the divergence, > 0.
+        divergence: Name of the divergence, "kl", "tv" or "chi2".
 
     Raises:
         ConfigError: A value is out of range.

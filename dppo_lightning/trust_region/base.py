@@ -1,4 +1,4 @@
-"""TrustRegion: which tokens may still move, and how strongly. A small object that is given tensors."""
+"""TrustRegion: decides which tokens may still move, and how strongly. A small object that is given tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dppo_lightning.errors import ConfigError, DPPOError
+from dppo_lightning.base.errors import ConfigError, DPPOError
 
 Anchor = Literal["rollout", "recomputed"]
-"""mu as the engine recorded it, or pi_old as the trainer has it when training on the rollout begins."""
+"""Distribution to measure from: mu as the engine recorded it, or pi_old, the trainer's as training on it begins."""
 Scope = Literal["token", "sequence"]
 
 
@@ -28,17 +28,18 @@ class TokenStats:
     numbers near 0.7 is 0.004. The rounding that bf16 already did to a log-prob cannot be undone: compute them in fp32.
 
     Attributes:
-        logp: log pi of the sampled token; carries the gradient.
-        rollout_logp: log mu, recorded by the engine when it sampled the token.
+        logp: Log pi of the sampled token; carries the gradient.
+        rollout_logp: Log mu, recorded by the engine when it sampled the token.
         advantage: Advantage of the token; may differ from token to token of one sequence.
-        recomputed_logp: log pi_old, recomputed by the trainer when training on the rollout begins, with the weights
+        recomputed_logp: Log pi_old, recomputed by the trainer when training on the rollout begins, with the weights
             before its first optimizer step; only on request. Where generation runs ahead (max_staleness > 0) that is
             not the policy that sampled: rollout_logp sees that staleness, recomputed_logp does not.
-        topk_logp: log pi at mu's K most likely ids, most likely first; the last column is the sampled token.
+        topk_logp: Log pi at mu's K most likely ids, most likely first; the last column is the sampled token.
             For a region that needs "full": log pi at every id, in any order, without a column for the sampled token.
-        rollout_topk_logp: log mu at the same ids; -inf marks an unused slot (the sampled token's own, when it is
+        rollout_topk_logp: Log mu at the same ids; -inf marks an unused slot (the sampled token's own, when it is
             among the K already). With "full" mu is the trainer's own, recomputed when training on the rollout begins.
         entropy: Entropy of pi, in nats.
+        age: Optimizer steps between the weights that sampled the token and those that it is trained at, >= 0.
         sequence: Index of each token's sequence.
         position: Place of the token in its completion, from 0.
         chosen: Whether the token is among those that the region's ``choose`` named; [N, C] for ``Combined`` with C
@@ -52,6 +53,7 @@ class TokenStats:
     topk_logp: Float[Tensor, "N K"] | None = None
     rollout_topk_logp: Float[Tensor, "N K"] | None = None
     entropy: Float[Tensor, " N"] | None = None
+    age: Int[Tensor, " N"] | None = None
     sequence: Int[Tensor, " N"] | None = None
     position: Int[Tensor, " N"] | None = None
     chosen: Bool[Tensor, "N ..."] | None = None
@@ -65,14 +67,14 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """What a region makes of the tokens.
+    """Losses that a region makes of the tokens.
 
     Attributes:
-        loss: To minimise, before aggregation; differentiable in ``logp``.
-        keep: False where the region stopped the update.
+        loss: Loss to minimise, before aggregation; differentiable in ``logp``.
+        keep: Tokens that still move, False where the region stopped the update.
         divergence: The region's own measure of how far each token has moved, or None.
-        weight: What multiplies the importance ratio in the gradient (1 where nothing is capped), constant; this is what
-            ``Combined`` multiplies. None for a loss that is differentiable in the ratio.
+        weight: Constant factor on the importance ratio in the gradient (1 where nothing is capped), which ``Combined``
+            multiplies. None for a loss that is differentiable in the ratio.
     """
 
     loss: Float[Tensor, " N"]
@@ -86,7 +88,7 @@ class TrustRegion(nn.Module):
 
     Override ``forward``, and declare as class attributes what it reads:
 
-    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full", "chosen"}; what is not needed is not computed.
+    - ``needs``: of {"topk", "recomputed_logp", "entropy", "full", "age", "chosen"}; what is not needed is not computed.
     - ``k``: for a region that needs "topk", how many ids are asked of the rollout engine.
     - ``scope``: "token" when each token is judged alone (evaluated chunk by chunk inside the head), "sequence" when a
       token's fate depends on others of its sequence; then ``sequence`` and ``position`` are given. Never use a mean or
@@ -98,11 +100,11 @@ class TrustRegion(nn.Module):
     synchronisation.
 
     Args:
-        anchor: The distribution that the region measures from: "rollout" (mu, what the engine recorded) or
+        anchor: Distribution that the region measures from: "rollout" (mu, what the engine recorded) or
             "recomputed" (pi_old, the trainer's policy when training on the rollout begins; see ``TokenStats``).
 
     Raises:
-        ConfigError: Unknown anchor.
+        ConfigError: The anchor is unknown.
     """
 
     needs: frozenset[str] = frozenset()
@@ -126,7 +128,7 @@ class TrustRegion(nn.Module):
         raise NotImplementedError
 
     def choose(self, tokens: TokenStats) -> Bool[Tensor, "N ..."]:
-        """Some of an optimizer step's tokens, for a region that needs "chosen"; ``forward`` finds them in ``chosen``.
+        """Choose some of an optimizer step's tokens, if the region needs "chosen"; ``forward`` gets them as ``chosen``.
 
         Called once before each optimizer step, without gradient, with every token of the step from all ranks and
         micro-batches: log-probs under the step's first weights, ``sequence`` and ``position``, and ``recomputed_logp``
@@ -137,7 +139,7 @@ class TrustRegion(nn.Module):
 
     @property
     def choices(self) -> int:
-        """Columns of ``chosen`` that the region reads."""
+        """Number of columns of ``chosen`` that the region reads."""
         return int("chosen" in self.needs)
 
     def describe(self) -> dict[str, str]:
@@ -167,7 +169,7 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
     """
     required = ["logp", "rollout_logp", "advantage"]
     required += ["topk_logp", "rollout_topk_logp"] if region.needs & {"topk", "full"} else []
-    required += [name for name in ("recomputed_logp", "entropy", "chosen") if name in region.needs]
+    required += [name for name in ("recomputed_logp", "entropy", "age", "chosen") if name in region.needs]
     required += ["sequence", "position"] if region.scope == "sequence" else []
     given = {name: getattr(tokens, name) for name in (field.name for field in fields(tokens))}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
@@ -201,7 +203,7 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
 
 
 def concatenated(pieces: list[TokenStats]) -> TokenStats:
-    """The tokens of several pieces, at least one, which all have the same statistics."""
+    """Join the tokens of several pieces, at least one, which all have the same statistics."""
     columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
     joined: dict[str, Any] = {
         name: None if values[0] is None else torch.cat(values) for name, values in columns.items()
@@ -213,7 +215,7 @@ def anchor_logp(tokens: TokenStats, anchor: Anchor) -> Float[Tensor, " N"]:
     """Log-probs of the anchor distribution.
 
     Raises:
-        TokenStatsError: The recomputed anchor is asked for and was not given: never a silent fall-back to the other.
+        TokenStatsError: The recomputed anchor is asked for and was not given; the other never takes its place silently.
     """
     if anchor == "rollout":
         return tokens.rollout_logp
@@ -250,15 +252,15 @@ def weighted_surrogate(
     min_ratio: float | None = None,
     max_ratio: float | None = None,
 ) -> Surrogate:
-    """The surrogate whose gradient is -A * ratio * keep * grad log pi, the ratio held constant and clamped.
+    """Surrogate whose gradient is -A * ratio * keep * grad log pi, the ratio held constant and clamped.
 
     Args:
         tokens: Statistics of N tokens.
-        keep: False where the update is stopped; None keeps all.
-        divergence: Handed on.
+        keep: Tokens that still move, False where the update is stopped; None keeps all.
+        divergence: Divergence of each token, put into the surrogate as it is.
         anchor: Denominator of the ratio.
-        min_ratio: Floor on the ratio; None for none.
-        max_ratio: Cap on the ratio; None for none.
+        min_ratio: Floor on the ratio; None for no floor.
+        max_ratio: Cap on the ratio; None for no cap.
     """
     ratio = (tokens.logp.detach() - anchor_logp(tokens, anchor)).exp()
     clamped = ratio if min_ratio is None and max_ratio is None else ratio.clamp(min_ratio, max_ratio)
@@ -275,13 +277,13 @@ def within_bounds(
     low: Float[Tensor, " N"] | float,
     high: Float[Tensor, " N"] | float,
 ) -> Bool[Tensor, " N"]:
-    """The one-sided clip of PPO: False iff A > 0 and ratio > high, or A < 0 and ratio < low (both strict)."""
+    """Tokens inside PPO's one-sided clip: False iff A > 0 and ratio > high, or A < 0 and ratio < low (both strict)."""
     ratio = (tokens.logp.detach() - anchor_logp(tokens, anchor)).exp()
     return ~(((tokens.advantage > 0) & (ratio > high)) | ((tokens.advantage < 0) & (ratio < low)))
 
 
 def moves_outward(tokens: TokenStats) -> Bool[Tensor, " N"]:
-    """A (r - 1) > 0: the update would take the token's probability further away from ``rollout_logp``."""
+    """Tokens with A (r - 1) > 0: the update would take their probability further away from ``rollout_logp``."""
     # sign() first: the product of a tiny advantage and a tiny log-ratio underflows to 0
     return tokens.advantage.sign() * (tokens.logp.detach() - tokens.rollout_logp) > 0
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
     Surrogate,
@@ -41,7 +41,7 @@ class TruncatedIS(NoTrustRegion):
     """Truncated importance sampling (TIS; the DPPO paper's "CISPO" baseline, PG-TIS): weight min(r, C), no mask.
 
     Args:
-        max_ratio: C, > 0. 3 in the DPPO paper (arXiv 2602.04879), 2 in most other code.
+        max_ratio: Cap C on the weight, > 0; 3 in the DPPO paper (arXiv 2602.04879), 2 in most other code.
     """
 
     def __init__(self, max_ratio: float = 3.0) -> None:
@@ -55,8 +55,8 @@ class PPOClip(TrustRegion):
     r' = pi / pi_old under the recomputed one (``MiniRL`` masks by r' and weighs by r).
 
     Args:
-        epsilon_low: In (0, 1).
-        epsilon_high: > 0; 0.28 with epsilon_low 0.2 is "clip-higher" (arXiv 2503.14476).
+        epsilon_low: Width of the clip below 1, in (0, 1).
+        epsilon_high: Width of the clip above 1, > 0; 0.28 with epsilon_low 0.2 is "clip-higher" (arXiv 2503.14476).
         anchor: Denominator of the ratio.
         max_ratio: Cap on the weight, > 0; None for no cap.
 
@@ -86,12 +86,12 @@ class PPOClip(TrustRegion):
 class DualClip(TrustRegion):
     """PPO with a second clip for A < 0 (arXiv 1912.09729): max(-A r, -A clip(r)), and at most -A c when A < 0.
 
-    The published value, differentiable in r; its gradient is zero wherever ``keep`` is False.
+    The loss is the published value, differentiable in r; its gradient is zero wherever ``keep`` is False.
 
     Args:
-        epsilon_low: In (0, 1).
-        epsilon_high: > 0.
-        dual: c, > 1: a token with A < 0 stops at r > c as well. None leaves plain PPO.
+        epsilon_low: Width of the clip below 1, in (0, 1).
+        epsilon_high: Width of the clip above 1, > 0.
+        dual: Bound c, > 1: a token with A < 0 stops at r > c as well. None leaves plain PPO.
         anchor: Denominator of the ratio.
 
     Raises:
@@ -131,10 +131,10 @@ class RelaxedClip(TrustRegion):
     """PPO clip without a bound for rare tokens (an ablation of arXiv 2602.04879): epsilon = inf where mu < alpha.
 
     Args:
-        epsilon_low: In (0, 1).
-        epsilon_high: > 0.
-        alpha: Below this mu the bound is lifted; in (0, 1].
-        side: Which bound is lifted: "high" (for A > 0), "low" (for A < 0) or "both".
+        epsilon_low: Width of the clip below 1, in (0, 1).
+        epsilon_high: Width of the clip above 1, > 0.
+        alpha: Probability mu below which the bound is lifted, in (0, 1].
+        side: Bound that is lifted: "high" (for A > 0), "low" (for A < 0) or "both".
 
     Raises:
         ConfigError: A value is out of range.
@@ -171,8 +171,8 @@ class MiniRL(TrustRegion):
     The anchor is the recomputed policy by definition: the trainer's when training on the rollout begins.
 
     Args:
-        epsilon_low: In (0, 1).
-        epsilon_high: > 0.
+        epsilon_low: Width of the clip below 1, in (0, 1).
+        epsilon_high: Width of the clip above 1, > 0.
         max_ratio: Cap on the weight pi / mu, > 0; None for no cap.
 
     Raises:
@@ -196,8 +196,8 @@ class CISPO(TrustRegion):
     """CISPO (MiniMax-M1, arXiv 2506.13585): no mask, the detached ratio is clipped: sg(min(r, 1 + epsilon_high)).
 
     Args:
-        epsilon_low: The ratio is at least 1 - epsilon_low; > 0. None, as in the paper's runs, for no floor.
-        epsilon_high: > 0; published values run from 0.28 to 5.
+        epsilon_low: Distance of the ratio's floor below 1, > 0; None, as in the paper's runs, for no floor.
+        epsilon_high: Distance of the ratio's cap above 1, > 0; published values run from 0.28 to 5.
         anchor: Denominator of the ratio.
 
     Raises:
@@ -220,17 +220,17 @@ class CISPO(TrustRegion):
 class IcePop(TrustRegion):
     """IcePop (Ring-1T, arXiv 2510.18855): the mismatch weight k = pi_old / mu is kept inside [low, high], else 0.
 
-    The loss is k r' with r' = pi / pi_old, hence pi / mu. Where generation runs ahead (max_staleness > 0) pi_old is not
-    the policy that sampled, and k holds staleness beside the mismatch of trainer and engine. The sign of A plays no
-    part: a token on which trainer and engine disagree is dropped whichever way it would move. Needs both anchors, so
-    there is none to choose.
+    The loss is k r' with r' = pi / pi_old, that is pi / mu. Where generation runs ahead (max_staleness > 0) pi_old is
+    not the policy that sampled, and k holds staleness too, not only the mismatch of trainer and engine. The sign of A
+    plays no part: a token on which trainer and engine disagree is dropped in either direction. The region needs both
+    anchors, so there is none to choose.
 
     Args:
-        low: Least k, >= 0.
-        high: Greatest k, > low.
+        low: Smallest k that is kept, >= 0.
+        high: Largest k that is kept, > low.
 
     Raises:
-        ConfigError: Not 0 <= low < high.
+        ConfigError: ``low`` and ``high`` do not satisfy 0 <= low < high.
     """
 
     needs: frozenset[str] = frozenset({"recomputed_logp"})

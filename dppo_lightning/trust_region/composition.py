@@ -1,4 +1,4 @@
-"""Several regions at once."""
+"""Combined: several regions at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, policy_gradient
 
 
 class Combined(TrustRegion):
-    """Keeps a token iff every member keeps it, and multiplies the members' weights, e.g. IcePop with BinaryTV.
+    """Combination that keeps a token iff every member does, and multiplies their weights, e.g. IcePop with BinaryTV.
 
-    The importance ratio pi / mu enters once; a member's weight is what it makes of its own ratio (1, or what a cap
-    takes away). So IcePop with PPOClip(anchor="recomputed") weighs by (pi_old / mu) (pi / pi_old), as IcePop's paper
+    The importance ratio pi / mu enters once; a member's weight is its factor on its own ratio (1, or the part that a
+    cap leaves). So IcePop with PPOClip(anchor="recomputed") weighs by (pi_old / mu) (pi / pi_old), as IcePop's paper
     does, and TruncatedIS with BinaryTV by min(r, C). The divergence is that of the first member that has one.
 
     Args:
-        masks: At least two regions whose gradient is a constant weight times grad log pi.
+        masks: Regions to combine, at least two, whose gradient is a constant weight times grad log pi.
 
     Raises:
-        ConfigError: Fewer than two members, one that is differentiable in the ratio, or a full-vocabulary member
-            beside one that needs a table too or whole sequences.
+        ConfigError: There are fewer than two members, one is differentiable in the ratio, or a full-vocabulary member
+            is combined with one that needs a table too or whole sequences.
     """
 
     def __init__(self, masks: list[TrustRegion]) -> None:
@@ -50,11 +50,11 @@ class Combined(TrustRegion):
 
     @property
     def members(self) -> list[TrustRegion]:
-        """The combined regions, in order."""
+        """Combined regions, in order."""
         return [mask for mask in self.masks if isinstance(mask, TrustRegion)]
 
     def choose(self, tokens: TokenStats) -> Bool[Tensor, "N C"]:
-        """What each member chooses, in columns."""
+        """Tokens that each member chooses, in columns."""
         chosen = [mask.choose(tokens) for mask in self.members if mask.choices]
         return torch.cat([one if one.ndim == 2 else one[:, None] for one in chosen], dim=1)
 
@@ -63,7 +63,7 @@ class Combined(TrustRegion):
         return sum(mask.choices for mask in self.members)
 
     def _shared_out(self, tokens: TokenStats) -> list[TokenStats]:
-        """For each member the statistics with its own columns of ``chosen``."""
+        """Statistics for each member, with its own columns of ``chosen``."""
         given, place = [], 0
         for mask in self.members:
             mine = None
@@ -93,7 +93,7 @@ class Combined(TrustRegion):
         return Surrogate(policy_gradient(tokens, total, keep), keep, divergence, weight)
 
     def describe(self) -> dict[str, str]:
-        """Each member's settings under "<place>.<member>.<setting>", so that two of a kind stay apart."""
+        """Settings of each member under "<place>.<member>.<setting>", so that two of a kind stay apart."""
         names = [type(mask).__name__ for mask in self.members]
         described = {"region": f"Combined({', '.join(names)})"}
         for place, mask in enumerate(self.members, start=1):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
     Surrogate,
@@ -21,11 +21,11 @@ from dppo_lightning.trust_region.base import (
 )
 
 TIE = 1e-4
-"""Covariances that differ by less, relative to the larger one, tie."""
+"""Difference of two covariances, relative to the larger one, below which they tie."""
 
 
 class CovarianceRegion(TrustRegion):
-    """Base: picks the tokens with the largest (A - mean A) (log pi - mean log pi), the means over the optimizer step.
+    """Base that picks the tokens with the largest (A - mean A) (log pi - mean log pi), means over the optimizer step.
 
     At least one token is picked, of those with A != 0 and a positive covariance: the others do not lower the entropy.
     Share, means and ranks are those of the whole step, on all ranks and under its first weights, so the choice does not
@@ -62,7 +62,7 @@ class CovarianceRegion(TrustRegion):
 
 
 def chosen(tokens: TokenStats) -> Bool[Tensor, " N"]:
-    """The tokens that were picked."""
+    """Tokens that were picked."""
     assert tokens.chosen is not None  # check_tokens
     return tokens.chosen
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
     Surrogate,
@@ -40,7 +40,7 @@ class DivergenceMask(TrustRegion):
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
         max_ratio: Cap C on the importance weight, > 0; None for no cap. Small caps bias against rare tokens.
-        anchor: What the mask measures from. The weight in the loss is pi / mu either way.
+        anchor: Distribution that the mask measures from. The weight in the loss is pi / mu either way.
 
     Raises:
         ConfigError: A threshold is not > 0.
@@ -65,7 +65,7 @@ class DivergenceMask(TrustRegion):
         raise NotImplementedError
 
     def outward(self, tokens: TokenStats) -> Bool[Tensor, " N"]:
-        """Where the update would take the token further out: A (r - 1) > 0, by the sampled token."""
+        """Tokens that the update would take further out: A (r - 1) > 0, by the sampled token."""
         return moves_outward(tokens)
 
     def forward(self, tokens: TokenStats) -> Surrogate:
@@ -83,11 +83,12 @@ class BinaryTV(DivergenceMask):
     """Total variation of "this token or any other": |mu - pi| (eq. 13, without the factor 1/2). The paper's default.
 
     Args:
-        delta: 0.15 in the paper's stability study and with LoRA, 0.2 in its scaling runs.
+        delta: Threshold on the divergence, > 0; 0.15 in the paper's stability study and with LoRA, 0.2 in its scaling
+            runs.
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
-        max_ratio: Cap C on the importance weight: None in the stability study, 5 in the scaling runs.
-        anchor: "recomputed" is the paper's DPPO-recompute ablation.
+        max_ratio: Cap C on the importance weight, > 0; None in the stability study, 5 in the scaling runs.
+        anchor: Distribution that the mask measures from; "recomputed" is the paper's DPPO-recompute ablation.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class BinaryKL(DivergenceMask):
     """KL(mu || pi) of "this token or any other": mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)) (eq. 14).
 
     Args:
-        delta: 0.05 in the paper.
+        delta: Threshold on the divergence, > 0; 0.05 in the paper.
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
-        max_ratio: Cap C on the importance weight.
-        anchor: "recomputed" is the paper's DPPO-recompute ablation.
+        max_ratio: Cap C on the importance weight, > 0; None for no cap.
+        anchor: Distribution that the mask measures from; "recomputed" is the paper's DPPO-recompute ablation.
     """
 
     def __init__(
@@ -130,10 +131,10 @@ class BinaryKL(DivergenceMask):
 
 
 class MinimalMask(TrustRegion):
-    """The smallest mask that stabilises PG-IS in the paper (arXiv 2602.04879, section 5.3): A < 0 and mu - pi >= delta.
+    """Smallest mask that stabilises PG-IS in the paper (arXiv 2602.04879, section 5.3): A < 0 and mu - pi >= delta.
 
     Args:
-        delta: In (0, 1].
+        delta: Fall of the probability, mu - pi, from which on a token is stopped, in (0, 1].
 
     Raises:
         ConfigError: ``delta`` is out of range.
@@ -151,7 +152,7 @@ class MinimalMask(TrustRegion):
 
 
 def binary_tv(rollout_logp: Float[Tensor, " N"], logp: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """|mu - pi| of the sampled token."""
+    """Binary total variation |mu - pi| of the sampled token."""
     return (rollout_logp.exp() - logp.exp()).abs()
 
 

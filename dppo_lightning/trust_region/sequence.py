@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import (
     Anchor,
     Scope,
     Surrogate,
     TokenStats,
+    TokenStatsError,
     TrustRegion,
     anchor_logp,
     check_choice,
@@ -21,7 +24,6 @@ from dppo_lightning.trust_region.base import (
     weighted_surrogate,
 )
 from dppo_lightning.trust_region.divergence import binary_kl
-from dppo_lightning.trust_region.segments import Segments
 
 
 class GSPO(TrustRegion):
@@ -31,8 +33,9 @@ class GSPO(TrustRegion):
     over the tokens; the mean over the sequence's tokens is the paper's sequence loss.
 
     Args:
-        epsilon_low: In (0, 1); s is a geometric mean, so the bounds are three orders below PPO's.
-        epsilon_high: > 0.
+        epsilon_low: Width of the clip below 1, in (0, 1); s is a geometric mean, so the bounds are three orders of
+            magnitude below PPO's.
+        epsilon_high: Width of the clip above 1, > 0.
         anchor: Denominator of the ratio.
 
     Raises:
@@ -49,7 +52,7 @@ class GSPO(TrustRegion):
         self.epsilon_high = epsilon_high
 
     def forward(self, tokens: TokenStats) -> Surrogate:
-        ratio = Segments(tokens).mean(tokens.logp - anchor_logp(tokens, self.anchor)).exp()
+        ratio = SequenceSums(tokens).mean(tokens.logp - anchor_logp(tokens, self.anchor)).exp()
         clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         loss = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
         stopped_up = (tokens.advantage > 0) & (ratio > 1 + self.epsilon_high)
@@ -64,8 +67,9 @@ class SequenceMask(TrustRegion):
     App. B): what is dropped here is dropped by the exact criterion too.
 
     Args:
-        delta: > 0; 0.1 with "max", 0.002 with "mean".
-        reduce: "max" drops when any token's KL exceeds delta, "mean" when the sequence's mean does.
+        delta: Threshold on the KL, > 0; 0.1 with "max", 0.002 with "mean".
+        reduce: Reduction over the sequence's tokens: "max" drops when any token's KL exceeds delta, "mean" when the
+            sequence's mean does.
 
     Raises:
         ConfigError: A value is out of range.
@@ -82,8 +86,8 @@ class SequenceMask(TrustRegion):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         kl = binary_kl(tokens.rollout_logp, tokens.logp.detach())
-        segments = Segments(tokens)
-        divergence = segments.max(kl) if self.reduce == "max" else segments.mean(kl)
+        sums = SequenceSums(tokens)
+        divergence = sums.max(kl) if self.reduce == "max" else sums.mean(kl)
         return weighted_surrogate(tokens, divergence <= self.delta, divergence)
 
 
@@ -94,7 +98,7 @@ class VACO(TrustRegion):
     advantages belong to its value function and are not part of the region.
 
     Args:
-        delta: > 0.
+        delta: Threshold on the mean |r - 1| / 2 of a sequence, > 0.
 
     Raises:
         ConfigError: ``delta`` is out of range.
@@ -109,7 +113,7 @@ class VACO(TrustRegion):
 
     def forward(self, tokens: TokenStats) -> Surrogate:
         deviation = torch.expm1(tokens.logp.detach() - tokens.rollout_logp).abs() / 2
-        divergence = Segments(tokens).mean(deviation)
+        divergence = SequenceSums(tokens).mean(deviation)
         return weighted_surrogate(tokens, ~((divergence > self.delta) & moves_outward(tokens)), divergence)
 
 
@@ -141,10 +145,60 @@ class CPPO(TrustRegion):
         self.budget = budget
 
     def forward(self, tokens: TokenStats) -> Surrogate:
-        segments = Segments(tokens)
-        steps = (segments.spread(segments.length) - 1).clamp(min=1)
-        weight = 1 - (1 - self.w_min) * segments.column.to(tokens.rollout_logp.dtype) / steps
+        sums = SequenceSums(tokens)
+        steps = (sums.spread(sums.length) - 1).clamp(min=1)
+        weight = 1 - (1 - self.w_min) * sums.column.to(tokens.rollout_logp.dtype) / steps
         weighted = weight * (tokens.rollout_logp.exp() - tokens.logp.detach().exp()).abs()
-        spent = segments.prefix_sum(weighted)
-        allowed = (self.delta + self.budget * segments.prefix_sum(weight) - spent).clamp(max=self.delta)
+        spent = sums.prefix_sum(weighted)
+        allowed = (self.delta + self.budget * sums.prefix_sum(weight) - spent).clamp(max=self.delta)
         return weighted_surrogate(tokens, ~(moves_outward(tokens) & (weighted > allowed)), weighted)
+
+
+class SequenceSums:
+    """Sums, means and maxima over the sequences of packed tokens, which may come in any order.
+
+    Reductions go through a padded [S, T] table: each sequence is summed on its own, in the order of its positions and
+    without atomics, so the result does not depend on the order of the tokens and repeats bit for bit on a GPU.
+
+    Args:
+        tokens: Statistics with ``sequence`` and ``position``: N tokens of S sequences, the longest of T tokens.
+
+    Raises:
+        TokenStatsError: ``sequence`` or ``position`` is missing.
+    """
+
+    def __init__(self, tokens: TokenStats) -> None:
+        if tokens.sequence is None or tokens.position is None:
+            raise TokenStatsError("a region over sequences needs sequence and position")
+        self.row: Int[Tensor, " N"]
+        self.length: Int[Tensor, " S"]
+        _, self.row, self.length = torch.unique(tokens.sequence, return_inverse=True, return_counts=True)
+        by_position = torch.argsort(tokens.position, stable=True)
+        order = by_position[torch.argsort(self.row[by_position], stable=True)]
+        starts = self.length.cumsum(0) - self.length
+        self.column: Int[Tensor, " N"] = torch.empty_like(order)
+        self.column[order] = torch.arange(len(order), device=order.device) - starts[self.row[order]]
+
+    def table(self, values: Float[Tensor, " N"]) -> Float[Tensor, "S T"]:
+        """Table of the values by sequence and place, 0 after a sequence's end."""
+        width = int(self.length.max()) if len(self.length) else 0
+        padded = values.new_zeros(len(self.length), width)
+        return padded.index_put((self.row, self.column), values)
+
+    def spread(self, per_sequence: Float[Tensor, " S"]) -> Float[Tensor, " N"]:
+        """Give every token the value of its sequence."""
+        return per_sequence[self.row]
+
+    def mean(self, values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Mean over each token's sequence."""
+        return self.spread(self.table(values).sum(dim=1) / self.length)
+
+    def max(self, values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Greatest value in each token's sequence, at least 0."""
+        table = self.table(values)
+        return self.spread(table.amax(dim=1)) if table.numel() else values
+
+    def prefix_sum(self, values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Sum over the tokens before each one in its sequence."""
+        table = self.table(values)
+        return (table.cumsum(dim=1) - table)[self.row, self.column]

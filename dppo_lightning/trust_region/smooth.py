@@ -31,7 +31,7 @@ class SPO(SmoothRegion):
     The penalty cancels the gradient at |r - 1| = epsilon on the side that A pushes to, and turns it beyond.
 
     Args:
-        epsilon: > 0.
+        epsilon: Distance |r - 1| at which the gradient is cancelled, > 0.
 
     Raises:
         ConfigError: ``epsilon`` is out of range.
@@ -55,7 +55,8 @@ class DRPO(SmoothRegion):
     boundary of DPPO, and pulls back past it.
 
     Args:
-        delta: > 0. 0.15 gives the geometry of DPPO; the paper's own 12.5 never reaches the boundary, as TV <= 1.
+        delta: Distance |pi - mu| at which the gradient is cancelled, > 0. 0.15 gives the geometry of DPPO; the paper's
+            own 12.5 never reaches the boundary, as TV <= 1.
 
     Raises:
         ConfigError: ``delta`` is out of range.

@@ -8,26 +8,28 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.trust_region.base import Anchor, TokenStats, check_choice
-from dppo_lightning.trust_region.divergence import DivergenceMask
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.trust_region.base import Anchor, TokenStats, TrustRegion, check_choice
+from dppo_lightning.trust_region.divergence import BinaryKL, BinaryTV, DivergenceMask
 
 SampledToken = Literal["append", "replace"]
 
 REST_FLOOR = 1e-12
+"""Smallest probability of the rest."""
 
 
 class TopKMask(DivergenceMask):
-    """Base of the Top-K divergences: S = mu's K most likely ids and the sampled one, everything else is one bucket.
+    """Base of the Top-K divergences: S = mu's K most likely ids and the sampled one, all others are one bucket.
 
     Args:
         delta: Threshold on the divergence, > 0.
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
         max_ratio: Cap C on the importance weight, > 0; None for no cap.
-        anchor: Only "rollout": the engine records the top K of mu, and there is none of pi_old.
-        k: How many ids are asked of the rollout engine, >= 1.
-        sampled_token: What happens to a sampled token outside the top K: "append" it (K + 1 ids, the paper's set) or
+        anchor: Distribution to measure from, only "rollout": the engine records the top K of mu, and nobody that of
+            pi_old.
+        k: Number of ids that are asked of the rollout engine, >= 1.
+        sampled_token: Treatment of a sampled token outside the top K: "append" it (K + 1 ids, the paper's set) or
             let it "replace" the K-th (the authors' code).
 
     Raises:
@@ -55,7 +57,7 @@ class TopKMask(DivergenceMask):
         self.sampled_token: SampledToken = sampled_token
 
     def slots(self, tokens: TokenStats) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
-        """log pi and log mu over S and the rest."""
+        """Log pi and log mu over S and the rest."""
         return with_rest_bucket(*topk_slots(tokens, self.sampled_token))
 
 
@@ -98,11 +100,11 @@ class TopKKL(TopKMask):
 
 
 class FullMask(DivergenceMask):
-    """Base of the divergences over the whole vocabulary: ``topk_logp`` has a column for every id, and nothing rests.
+    """Base of the divergences over the whole vocabulary: ``topk_logp`` has a column for every id, and no rest.
 
     mu is the trainer's own distribution when training on the rollout begins: it is rebuilt from the hidden states and
     the projection that were kept before the rollout's first step, in the trainer's precision. Where generation runs
-    ahead (max_staleness > 0) it is not the policy that sampled, and nothing is seen of that staleness. With a coarser
+    ahead (max_staleness > 0) it is not the policy that sampled: the region does not see that staleness. With a coarser
     engine (bf16 weights, fp32 trainer) this divergence shows how far training has moved the policy, not how far the
     engine was from the trainer; ratio and direction are still taken from the engine's own log mu of the sampled token.
     ``TopKTV`` and ``TopKKL`` compare with what the engine recorded.
@@ -112,7 +114,7 @@ class FullMask(DivergenceMask):
         delta_low: Threshold for tokens with A < 0; ``delta`` when None.
         delta_high: Threshold for tokens with A > 0; ``delta`` when None.
         max_ratio: Cap C on the importance weight, > 0; None for no cap.
-        anchor: Only "rollout".
+        anchor: Distribution to measure from, only "rollout".
 
     Raises:
         ConfigError: A threshold is not > 0, or the anchor is "recomputed".
@@ -175,7 +177,7 @@ class PredictiveMask(TopKMask):
 
     Args:
         delta: Threshold on the Top-K KL, > 0.
-        k: How many ids are asked of the rollout engine, >= 1.
+        k: Number of ids that are asked of the rollout engine, >= 1.
         max_ratio: Cap C on the importance weight, > 0; None for no cap.
 
     Raises:
@@ -204,14 +206,14 @@ def refuse_recomputed(region: DivergenceMask) -> None:
 
 
 def given_topk(tokens: TokenStats) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
-    """log pi and log mu as handed over."""
+    """Log pi and log mu as they were given."""
     assert tokens.topk_logp is not None
     assert tokens.rollout_topk_logp is not None
     return tokens.topk_logp.detach(), tokens.rollout_topk_logp
 
 
 def topk_slots(tokens: TokenStats, sampled_token: SampledToken) -> tuple[Float[Tensor, "N S"], Float[Tensor, "N S"]]:
-    """log pi and log mu over S, both -inf in a slot that is not used."""
+    """Log pi and log mu over S, both -inf in a slot that is not used."""
     logp, rollout_logp = given_topk(tokens)
     used = rollout_logp > float("-inf")
     if sampled_token == "replace" and used.shape[1] > 1:
@@ -224,9 +226,9 @@ def topk_slots(tokens: TokenStats, sampled_token: SampledToken) -> tuple[Float[T
 def with_rest_bucket(
     logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]
 ) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
-    """Appends the log of what S leaves, at least 1e-12 on each side.
+    """Append the log of the probability that S leaves, at least 1e-12 on each side.
 
-    A rest below 1e-7 is mostly the rounding of float32 log-probs, so a KL that hangs on it is coarse.
+    A rest below 1e-7 is mostly the rounding of float32 log-probs, so a KL that depends on it is coarse.
     """
 
     def append(logs: Float[Tensor, "N S"]) -> Float[Tensor, "N T"]:
@@ -243,6 +245,29 @@ def total_variation(logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S
 
 
 def kl_divergence(logp: Float[Tensor, "N S"], rollout_logp: Float[Tensor, "N S"]) -> Float[Tensor, " N"]:
-    """Sum of mu_i log(mu_i / pi_i), 0 where mu_i = 0; rounding is not let below 0."""
+    """Sum of mu_i log(mu_i / pi_i), 0 where mu_i = 0; never below 0, where rounding could lead."""
     terms = rollout_logp.exp() * (rollout_logp - logp)
     return terms.masked_fill(torch.isneginf(rollout_logp), 0.0).sum(dim=-1).clamp(min=0)
+
+
+DEFAULT_K = 20
+"""Number of ids for a region that has no k of its own."""
+
+
+def diagnostic_divergences(region: TrustRegion) -> dict[str, DivergenceMask]:
+    """Divergences by name: binary <= Top-K <= full on every token, for TV and for KL (arXiv 2602.04879, App. B).
+
+    They only measure, their thresholds stop nothing.
+
+    Args:
+        region: Trust region of the run; its own k is used where it has one.
+    """
+    k = region.k if "topk" in region.needs else DEFAULT_K
+    return {
+        "binary_tv": BinaryTV(),
+        "topk_tv": TopKTV(k=k),
+        "full_tv": FullTV(),
+        "binary_kl": BinaryKL(),
+        "topk_kl": TopKKL(k=k),
+        "full_kl": FullKL(),
+    }

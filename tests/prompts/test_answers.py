@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppo_lightning.errors import DataError
+from dppo_lightning.base.errors import DataError
 from dppo_lightning.prompts import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
-from dppo_lightning.prompts.answers import answer_texts
+from dppo_lightning.prompts.rows import answer_texts
 
 
 def texts(*values: Any) -> list[str | None]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_lightning.errors import DataError
+from dppo_lightning.base.errors import DataError
 from dppo_lightning.prompts import Example, encode
 from dppo_lightning.prompts import encoding as encoding_module
 from tests.prompts.tokenizers import character_tokenizer, framing_tokenizer, ids_of

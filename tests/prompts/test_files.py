@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import logging
 import lzma
 import sys
@@ -18,14 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.base.errors import ConfigError, DataError
 from dppo_lightning.prompts import Example, JsonlPrompts, ParquetPrompts
+from tests.helpers.run_files import write_jsonl
 
 
 def jsonl(folder: Path, rows: list[Any], name: str = "train.jsonl") -> str:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return write_jsonl(folder / name, rows)
 
 
 def parquet(folder: Path, rows: list[Any], name: str = "train.parquet") -> str:

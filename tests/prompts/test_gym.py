@@ -13,7 +13,7 @@ import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_lightning.errors import ConfigError, DataError
+from dppo_lightning.base.errors import ConfigError, DataError
 from dppo_lightning.prompts import ReasoningGymPrompts
 
 SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

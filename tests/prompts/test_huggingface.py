@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from dppo_lightning.errors import DataError
+from dppo_lightning.base.errors import DataError
 from dppo_lightning.prompts import HuggingFacePrompts, JsonlPrompts, ParquetPrompts
 
 

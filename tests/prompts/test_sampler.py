@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.records import Prompt
 from dppo_lightning.prompts import PassRateCurriculum, Shuffled
-from dppo_lightning.records import Prompt
 
 PROMPTS = [Prompt(f"train/{i}", (i,), str(i)) for i in range(7)]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dppo_lightning.records import Sequence
-from scaling.pool import RankPool
-from scaling.training import record
+from dppo_lightning.base.records import Sequence
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import record
 
 
 @pytest.fixture(scope="session")

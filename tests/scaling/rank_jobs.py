@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from processes import state
 
-from dppo_lightning.errors import ConfigError, DPPOError, EngineError, RankError
+from dppo_lightning.base.errors import ConfigError, DPPOError, EngineError, RankError
 from dppo_lightning.scaling.ranks import Ranks
+from tests.helpers.processes import state
 
 
 def exchange() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def exchange() -> dict[str, Any]:
             "share": ranks.hand_out([{"for": rank, "ids": np.arange(rank)} for rank in range(2)] if not mine else None),
             "decision": ranks.from_controller("decided" if not mine else None),
             "collected": ranks.collect(10 * mine),
-            "everyone": ranks.everyone(mine),
+            "all_gather": ranks.all_gather(mine),
             "identity": (ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_controller),
         }
         ranks.all_ranks_ok()
@@ -75,10 +75,10 @@ def wait_for(dying: int, how: str) -> None:
     # On rank 0 the thread that reads the signs of life finds them out; elsewhere that thread waits for rank 0's answer.
     clock = Clock("heartbeat watch" if dying == 0 else "heartbeat", lambda: bool(pids) and state(pids[dying]) == "T")
     with Ranks(silence=1000.0, interval=0.02, clock=clock) as ranks:
-        pids += ranks.everyone(os.getpid())
+        pids += ranks.all_gather(os.getpid())
         if ranks.rank != dying:
             ranks.collect("for ever")
-            ranks.everyone("for ever")
+            ranks.all_gather("for ever")
         elif how == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:

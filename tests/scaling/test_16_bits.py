@@ -10,17 +10,17 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from small_models import save_character_tokenizer
-from small_runs import QUIET
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
-from dppo_lightning.batch import pack
-from dppo_lightning.policy import Policy
-from dppo_lightning.records import Sequence
-from dppo_lightning.scaling.fsdp2 import in_float32
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, EngineLess, Recorded, Trained, record, strategy_of, train
+from dppo_lightning.base.batch import pack
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.scaling.sharding import in_float32
+from dppo_lightning.train.policy import Policy
+from tests.helpers.models import save_character_tokenizer
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.runs import QUIET
+from tests.helpers.training import STRATEGIES, EngineLess, Recorded, Trained, record, strategy_of, train
 
 Steps = list[list[Sequence]]
 ZERO = [name for name in STRATEGIES if name.startswith("zero")]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.errors import DataError
-from dppo_lightning.records import Sequence
-from dppo_lightning.scaling.universal import is_universal, ranks_of, reshape
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, largest_difference, refusal, train
+from dppo_lightning.base.errors import DataError
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.scaling.resume import is_universal, ranks_of, reshape
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import STRATEGIES, largest_difference, refused_training, train
 
 Steps = list[list[Sequence]]
 
@@ -44,7 +44,7 @@ def test_resume_on_one_rank_from_two(
     half = tmp_path / "half.ckpt"
     two_ranks.run(train, tiny_policy_dir, steps, strategy, "adamw", 1, max_steps=3, save=half)
     assert ranks_of(half) == 2
-    (refused,) = one_rank.run(refusal, tiny_policy_dir, steps, strategy, "adamw", 2, resume=half)
+    (refused,) = one_rank.run(refused_training, tiny_policy_dir, steps, strategy, "adamw", 2, resume=half)
     assert "was written by 2 ranks and this run has 1" in refused
     whole = reshape(half, tmp_path / "whole.ckpt")
     assert is_universal(whole)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dppo_lightning.records import Sequence
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, largest_difference, train
+from dppo_lightning.base.records import Sequence
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import STRATEGIES, largest_difference, train
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import save_character_tokenizer
-from small_runs import Letters, ShareOf, fit, sgd
 from transformers import BertConfig, BertLMHeadModel
 
-from dppo_lightning.callbacks.heldout import HeldOutEvaluation
-from dppo_lightning.errors import ConfigError, DPPOError
-from dppo_lightning.lora import LoRA
-from dppo_lightning.objective import ReferenceKL
-from dppo_lightning.rollout.engine import EngineSpec
-from dppo_lightning.rollout.streaming import Streaming
-from dppo_lightning.rollout.transformers_engine import TransformersEngine
+from dppo_lightning.base.errors import ConfigError, DPPOError
+from dppo_lightning.generate.engine import EngineSpec
+from dppo_lightning.generate.schedule import Streaming
+from dppo_lightning.generate.transformers_engine import TransformersEngine
+from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
+from dppo_lightning.train.lora import LoRA
+from dppo_lightning.train.objective import ReferenceKL
 from dppo_lightning.trust_region import CovarianceClip, FullTV, PPOClip
-from scaling.pool import RankPool
-from scaling.training import strategy_of
+from tests.helpers.models import save_character_tokenizer
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.rewards import Failing
+from tests.helpers.runs import Letters, fit, sgd
+from tests.helpers.training import strategy_of
 
 Outcome = dict[str, Any]
 
@@ -70,38 +71,52 @@ def compare(one: Outcome, two: Outcome) -> None:
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def on_one_rank(tiny_policy_dir: str) -> Outcome:
+    """Outcome of a run with as many micro-batches a step as two ranks have."""
+    one = outcome(tiny_policy_dir, "one", accumulate_grad_batches=2)
+    assert one is not None
+    return one
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_completions_rewards_and_weights_do_not_depend_on_the_ranks(
-    strategy: str, two_ranks: RankPool, tiny_policy_dir: str
+    strategy: str, on_one_rank: Outcome, two_ranks: RankPool, tiny_policy_dir: str
 ) -> None:
-    one = outcome(tiny_policy_dir, "one", accumulate_grad_batches=2)
     two, none = two_ranks.run(outcome, tiny_policy_dir, strategy)
     assert none is None
+    assert len({str(weight) for weight in on_one_rank["train/grad_norm"]}) == 3
+    compare(on_one_rank, two)
+
+
+PASSES: dict[str, dict[str, Any]] = {
+    "kl": {"kl": ReferenceKL(0.1)},
+    "kl in the reward": {"kl": ReferenceKL(0.1, where="reward")},
+    "recomputed anchor": {"trust_region": PPOClip(anchor="recomputed")},
+    "whole vocabulary": {"trust_region": FullTV(0.15)},
+    "covariance": {"trust_region": CovarianceClip(0.2)},
+    "lora": {"lora": LoRA(rank=4), "kl": ReferenceKL(0.1)},
+}
+"""Arguments of the module that ask for passes without gradient, of the policy or of a reference."""
+
+TWICE = {"steps_per_rollout": 2}
+
+
+@pytest.fixture(scope="module", params=PASSES)
+def with_passes(request: pytest.FixtureRequest, tiny_policy_dir: str) -> tuple[dict[str, Any], Outcome]:
+    """Arguments of the module, and the outcome of a run with them on one rank."""
+    module = PASSES[request.param]
+    one = outcome(tiny_policy_dir, "one", module, TWICE)
     assert one is not None
-    assert len({str(weight) for weight in one["train/grad_norm"]}) == 3
-    compare(one, two)
+    return module, one
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-@pytest.mark.parametrize(
-    "module",
-    [
-        {"kl": ReferenceKL(0.1)},
-        {"kl": ReferenceKL(0.1, where="reward")},
-        {"trust_region": PPOClip(anchor="recomputed")},
-        {"trust_region": FullTV(0.15)},
-        {"trust_region": CovarianceClip(0.2)},
-        {"lora": LoRA(rank=4), "kl": ReferenceKL(0.1)},
-    ],
-    ids=["kl", "kl in the reward", "recomputed anchor", "whole vocabulary", "covariance", "lora"],
-)
 def test_passes_without_gradient_are_shared_out(
-    module: dict[str, Any], strategy: str, two_ranks: RankPool, tiny_policy_dir: str
+    strategy: str, with_passes: tuple[dict[str, Any], Outcome], two_ranks: RankPool, tiny_policy_dir: str
 ) -> None:
-    data = {"steps_per_rollout": 2}
-    one = outcome(tiny_policy_dir, "one", module, data)
-    two, _ = two_ranks.run(outcome, tiny_policy_dir, strategy, module, data)
-    assert one is not None
+    module, one = with_passes
+    two, _ = two_ranks.run(outcome, tiny_policy_dir, strategy, module, TWICE)
     compare(one, two)
 
 
@@ -114,18 +129,6 @@ def test_generation_runs_ahead_on_two_ranks(two_ranks: RankPool, tiny_policy_dir
 class Unstartable(TransformersEngine):
     def start(self, spec: EngineSpec) -> None:
         raise DPPOError("the moon is full")
-
-
-class Moody(ShareOf):
-    """Fails in the second rollout."""
-
-    calls = 0
-
-    def score(self, samples: Any) -> list[float]:
-        self.calls += len(samples)
-        if self.calls > 12 + 2:
-            raise DPPOError("no more")
-        return super().score(samples)
 
 
 def message(
@@ -188,6 +191,7 @@ def test_a_model_that_computes_something_else_is_refused_on_every_rank_before_th
 
 
 def test_a_reward_that_fails_on_rank_0_ends_every_rank(two_ranks: RankPool, tiny_policy_dir: str) -> None:
-    first, second = two_ranks.run(message, tiny_policy_dir, {"reward": Moody()}, timeout=60)
+    reward = Failing(DPPOError("no more"), after=12 + 2)  # in the second rollout
+    first, second = two_ranks.run(message, tiny_policy_dir, {"reward": reward}, timeout=60)
     assert "no more" in first
     assert second == "RankError: rank 0: DPPOError: no more"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from processes import PATIENCE
 
-from dppo_lightning.errors import ConfigError, RankError
+from dppo_lightning.base.errors import ConfigError, RankError
 from dppo_lightning.scaling.ranks import Ranks
-from scaling.pool import RankPool
-from scaling.rank_jobs import exchange, mistake, slow_but_alive, wait_for
+from tests.helpers.processes import PATIENCE
+from tests.helpers.rank_pool import RankPool
+from tests.scaling.rank_jobs import exchange, mistake, slow_but_alive, wait_for
 
 
 def test_a_single_process_needs_no_group() -> None:
@@ -17,7 +17,7 @@ def test_a_single_process_needs_no_group() -> None:
         assert ranks.hand_out(["mine"]) == "mine"
         assert ranks.from_controller(3) == 3
         assert ranks.collect("a") == ["a"]
-        assert ranks.everyone("a") == ["a"]
+        assert ranks.all_gather("a") == ["a"]
         ranks.agree({"a": 1}, "configuration")
         ranks.all_ranks_ok()
         with pytest.raises(RankError, match=r"^rank 0: KeyError: 'a'$"):
@@ -34,7 +34,7 @@ def test_each_rank_gets_its_share(two_ranks: RankPool) -> None:
         assert found["share"]["for"] == rank
         assert found["share"]["ids"].tolist() == list(range(rank))
         assert found["decision"] == "decided"
-        assert found["everyone"] == [0, 1]
+        assert found["all_gather"] == [0, 1]
         assert found["identity"] == (rank, 2, rank, rank == 0)
         assert found["threads"] == [["heartbeat", "heartbeat watch"], []]
     assert first["collected"] == [0, 10]
@@ -63,7 +63,7 @@ def test_a_mistake_is_the_same_line_on_every_rank(kind: str, name: str, text: st
 
 def test_a_difference_of_mappings_names_the_key() -> None:
     ranks = Ranks()
-    ranks.everyone = lambda value: [value, {"a": 1, "c": "x" * 200}]  # type: ignore[method-assign,assignment,misc]
+    ranks.all_gather = lambda value: [value, {"a": 1, "c": "x" * 200}]  # type: ignore[method-assign,assignment,misc]
     with pytest.raises(ConfigError, match="rank 1 has another config than rank 0: b is not set, not 2; start"):
         ranks.agree({"a": 1, "b": 2, "c": "x" * 200}, "config")
 

@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import yaml
 from pyarrow import Table, parquet
-from small_models import save_character_tokenizer, save_tiny_llama
 from transformers import AutoTokenizer, LlamaConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from dppo_lightning.cli import RecipeReader
-from dppo_lightning.commands import doctor_parser, underscored
-from dppo_lightning.memory import GIB
-from dppo_lightning.recipe_memory import report
-from scaling.command_line import fit
-from scaling.pool import RankPool
+from dppo_lightning.run.cli import RecipeReader
+from dppo_lightning.run.doctor.command import doctor_parser
+from dppo_lightning.run.doctor.memory import GIB
+from dppo_lightning.run.doctor.recipe import report
+from dppo_lightning.run.parsing import underscored
+from tests.helpers.command_line import fit
+from tests.helpers.models import save_character_tokenizer, save_tiny_llama
+from tests.helpers.places import ROOT
+from tests.helpers.rank_pool import RankPool
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 

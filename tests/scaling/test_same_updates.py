@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dppo_lightning.records import Sequence
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, Trained, largest_difference, train
+from dppo_lightning.base.records import Sequence
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import STRATEGIES, Trained, largest_difference, train
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-4}
 METRICS = ("train/loss", "train/grad_norm", "train/tokens", "train/masked_share", "train/ratio_max", "train/entropy")
@@ -17,7 +17,7 @@ Steps = list[list[Sequence]]
 
 @pytest.fixture(scope="module")
 def expected(tiny_policy_dir: str, steps: Steps) -> dict[str, Trained]:
-    """Of one process and one micro-batch, by optimizer."""
+    """One process's training with one micro-batch a step, by optimizer."""
     return {optimizer: train(tiny_policy_dir, steps, "one", optimizer) for optimizer in TOLERANCE}
 
 
@@ -60,31 +60,52 @@ def test_two_ranks(
     torch.testing.assert_close(other.of("train/loss"), run.of("train/loss"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradient_clipping(strategy: str, two_ranks: RankPool, tiny_untied_dir: str, steps: Steps) -> None:
-    """Below every step's norm; with an output projection of its own, that only the head uses."""
-    clip = 5.0
-    wanted = train(tiny_untied_dir, steps, "one", clip=clip)
-    assert wanted.of("train/grad_norm").min() > clip
-    run, _ = two_ranks.run(train, tiny_untied_dir, steps, strategy, clip=clip, accumulate=2)
-    assert_same(run, wanted, "sgd")
-    free = train(tiny_untied_dir, steps, "one")
-    assert largest_difference(free.first, wanted.first) > 1e-5
+CLIP = 5.0
+"""Limit of the gradient's norm, below that of every step."""
+
+
+@pytest.fixture(scope="module")
+def clipped(tiny_untied_dir: str, steps: Steps) -> Trained:
+    """One process's training, with an output projection of its own, that only the head uses."""
+    return train(tiny_untied_dir, steps, "one", clip=CLIP)
+
+
+@pytest.fixture(scope="module")
+def free(tiny_untied_dir: str, steps: Steps) -> Trained:
+    """The same training without clipping."""
+    return train(tiny_untied_dir, steps, "one")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_kl_to_a_reference(strategy: str, two_ranks: RankPool, tiny_policy_dir: str, steps: Steps) -> None:
+def test_gradient_clipping(
+    strategy: str, clipped: Trained, free: Trained, two_ranks: RankPool, tiny_untied_dir: str, steps: Steps
+) -> None:
+    assert clipped.of("train/grad_norm").min() > CLIP
+    run, _ = two_ranks.run(train, tiny_untied_dir, steps, strategy, clip=CLIP, accumulate=2)
+    assert_same(run, clipped, "sgd")
+    assert largest_difference(free.first, clipped.first) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def held_back(tiny_policy_dir: str, steps: Steps) -> Trained:
+    """One process's training with KL to a reference."""
+    return train(tiny_policy_dir, steps, "one", beta=0.1, probe=scored)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kl_to_a_reference(
+    strategy: str, held_back: Trained, two_ranks: RankPool, tiny_policy_dir: str, steps: Steps
+) -> None:
     """The reference scores the same sequences as in one process, although it may be in shards; so does the policy."""
-    wanted = train(tiny_policy_dir, steps, "one", beta=0.1, probe=log_probs)
-    runs = two_ranks.run(train, tiny_policy_dir, steps, strategy, beta=0.1, probe=log_probs)
-    assert_same(runs[0], wanted, "sgd")
+    runs = two_ranks.run(train, tiny_policy_dir, steps, strategy, beta=0.1, probe=scored)
+    assert_same(runs[0], held_back, "sgd")
     for run in runs:
-        for mine, theirs in zip(run.found, wanted.found, strict=True):
+        for mine, theirs in zip(run.found, held_back.found, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def log_probs(module: object) -> list[torch.Tensor]:
-    """Of a recorded step under the reference and under the trained policy; the projection of rollout time."""
+def scored(module: object) -> list[torch.Tensor]:
+    """Log-probs of a recorded step under the reference and under the trained policy; the projection of rollout time."""
     sequences = module.data.steps[0]  # type: ignore[attr-defined]
     policy, scorer = module.policy, module.scorer  # type: ignore[attr-defined]
     scores = (scorer.reference_share([sequences]), scorer.policy_share([sequences]))

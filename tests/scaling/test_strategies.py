@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from cli.runs import changed, recipe, refusal
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -17,14 +16,15 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
-from small_runs import QUIET, build
 
-from dppo_lightning.errors import ConfigError
-from dppo_lightning.scaling.fsdp2 import FSDP2Strategy
+from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.scaling.sharding import FSDP2Strategy
 from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.scaling.zero import ZeroStrategy
+from tests.helpers.places import ROOT
+from tests.helpers.recipes import changed, recipe, refused
+from tests.helpers.runs import QUIET, build
 
-ROOT = Path(__file__).parents[2]
 RIGHT = {"ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "single_device"}
 
 
@@ -128,7 +128,7 @@ def test_the_command_line_refuses_it_in_one_line(
     strategy: Any, tiny_policy_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = changed(recipe(tmp_path, tiny_policy_dir), trainer__strategy=strategy)
-    line = refusal(capsys, "fit", config, tmp_path)
+    line = refused(capsys, "fit", config, tmp_path)
     assert "trainer.strategy: " in line
     assert "use configs/scaling/" in line
     assert not (tmp_path / "run").exists()
@@ -136,7 +136,7 @@ def test_the_command_line_refuses_it_in_one_line(
 
 def test_generate_refuses_it_too(tiny_policy_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = changed(recipe(tmp_path, tiny_policy_dir), trainer__strategy="fsdp")
-    line = refusal(capsys, "generate", config, tmp_path, "--output", str(tmp_path / "out.jsonl"))
+    line = refused(capsys, "generate", config, tmp_path, "--output", str(tmp_path / "out.jsonl"))
     assert "use configs/scaling/fsdp2.yaml" in line
 
 
@@ -154,6 +154,6 @@ def test_what_lightning_says_of_other_things_gets_no_hint_about_strategies(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = refusal(capsys, "fit", changed(recipe(tmp_path, tiny_policy_dir), **change), tmp_path)
+    line = refused(capsys, "fit", changed(recipe(tmp_path, tiny_policy_dir), **change), tmp_path)
     assert message in line
     assert "configs/scaling" not in line

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.records import Sequence
-from dppo_lightning.scaling import weights
-from dppo_lightning.scaling.weights import gathered_weights
-from scaling.pool import RankPool
-from scaling.training import STRATEGIES, train
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.sync import named_weights as weights
+from dppo_lightning.sync.named_weights import gathered_weights
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.training import STRATEGIES, train
 
 Steps = list[list[Sequence]]
 
@@ -54,7 +54,7 @@ class Gather:
         self.bucket_bytes = bucket_bytes
 
     def __call__(self, module: Any) -> dict[str, Any]:
-        model = module._reference[0].model
+        model = module.scorer.reference.model
         named, most = list(model.named_parameters()), self.bucket_bytes
         for _ in gathered_weights(named, most):
             break  # a reader that stops early leaves no rank behind

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dppo_lightning.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.scaling.zero import ZeroStrategy
 
 
@@ -58,7 +58,7 @@ def test_a_missing_deepspeed_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 def test_deepspeed_is_imported_by_a_run_alone() -> None:
     code = (
-        "import sys; from dppo_lightning.scaling.zero import ZeroStrategy; import dppo_lightning.module; "
+        "import sys; from dppo_lightning.scaling.zero import ZeroStrategy; import dppo_lightning.train.module; "
         "ZeroStrategy(stage=3); assert 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

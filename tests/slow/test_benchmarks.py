@@ -6,12 +6,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.helpers.places import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,9 +14,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.export import export
+from dppo_lightning.run.export import export
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}
 
 pytestmark = [
@@ -27,8 +27,8 @@ pytestmark = [
 TRAIN = """
 import json, sys
 import deepspeed, torch
-from dppo_lightning.lora import LoRA, merged_weights
-from dppo_lightning.policy import Policy
+from dppo_lightning.train.lora import LoRA, merged_weights
+from dppo_lightning.train.policy import Policy
 
 base, out, stage, lora = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a killed build leaves a lock

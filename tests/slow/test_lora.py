@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.command_line import dppo
+from tests.helpers.run_files import read_jsonl, read_metrics
 
 pytestmark = pytest.mark.slow
 
 
-def dppo(*arguments: str | Path) -> None:
-    """Run the command line in a process of its own, at the root of the project."""
-    subprocess.run([sys.executable, ROOT / "cli.py", *arguments], cwd=ROOT, check=True, timeout=1200)
-
-
-def log_probs(model: Any, text: str, tokenizer: Any) -> torch.Tensor:
+def next_log_probs(model: Any, text: str, tokenizer: Any) -> torch.Tensor:
+    """[T, V] log-probs of what follows each token of a text."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(ids).logits[0].log_softmax(-1)
@@ -39,10 +32,8 @@ def test_smollm2_with_adapters_trains_in_step_with_its_engine(adapter_rank: str,
          "--model.policy", base, "--run_dir", run, "--trainer.max_steps", "2", "--data.prompts_per_step", "4",
          "--data.engine.init_args.adapter_rank", adapter_rank,
          "--data.prompts.init_args.heldout", "8")  # fmt: skip
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    parity = [float(row["sync/parity_error"]) for row in rows if row.get("sync/parity_error")]
-    sent = [float(row["sync/bytes"]) for row in rows if row.get("sync/bytes")]
+    metrics = read_metrics(run / "metrics.csv")
+    parity, sent = metrics["sync/parity_error"], metrics["sync/bytes"]
     assert len(parity) == 2
     assert max(parity) < 1e-3
     assert (sent[0] < 50e6) == (adapter_rank == "16")  # a tenth of the model's 538 MB, or all of it
@@ -51,10 +42,12 @@ def test_smollm2_with_adapters_trains_in_step_with_its_engine(adapter_rank: str,
     dppo("export", "--run", run, "--out", tmp_path / "adapter", "--adapter")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template
-    text = json.loads((run / "completions.jsonl").read_text().splitlines()[0])["prompt"]
+    text = read_jsonl(run / "completions.jsonl")[0]["prompt"]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    before = log_probs(plain, text, tokenizer)
-    merged = log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), text, tokenizer)
-    apart = log_probs(PeftModel.from_pretrained(plain, str(tmp_path / "adapter")), text, tokenizer)
+    before = next_log_probs(plain, text, tokenizer)
+    merged = next_log_probs(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), text, tokenizer
+    )
+    apart = next_log_probs(PeftModel.from_pretrained(plain, str(tmp_path / "adapter")), text, tokenizer)
     np.testing.assert_allclose(merged, apart, atol=1e-3)
     assert (merged - before).abs().max() > 1e-3

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from dppo_lightning.memory import MIB, ModelShape, Plan, activations, head, model_states, total
-from dppo_lightning.prepare import prepare
+from dppo_lightning.run.doctor.memory import MIB, ModelShape, Plan, activations, head, model_states, total
+from dppo_lightning.run.prepare import prepare
+from tests.helpers.places import ROOT
 
 PROMPT, NEW, ROWS = 64, 64, 4
 
 STEP = """
 import json, re, sys
 import numpy as np, torch
-from dppo_lightning.batch import pack
-from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.policy import Policy
-from dppo_lightning.records import Sequence
+from dppo_lightning.base.batch import pack
+from dppo_lightning.train.objective import Objective, ReferenceKL
+from dppo_lightning.train.policy import Policy
+from dppo_lightning.base.records import Sequence
 from dppo_lightning.trust_region import BinaryTV
 
 model, checkpointing, prompt, new, rows = sys.argv[1], sys.argv[2] == "True", *map(int, sys.argv[3:])
@@ -56,12 +56,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_smollm2_peaks_about_where_it_is_said_to(smollm2: str, checkpointing: bool) -> None:
     plan = Plan(gradient_checkpointing=checkpointing, micro_batch=ROWS, prompt_tokens=PROMPT, new_tokens=NEW)
-    shape = ModelShape.of(smollm2)
+    shape = ModelShape.from_name(smollm2)
     said = total([*model_states(shape, plan), activations(shape, plan), head(shape, plan)])
     arguments = [smollm2, str(checkpointing), *map(str, (PROMPT, NEW, ROWS))]
     done = subprocess.run(
         [sys.executable, "-c", STEP, *arguments],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli.runs import changed, recipe
-from scaling.pool import RankPool
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.rollout.engine import EngineSpec, Request, Sampling
-from dppo_lightning.rollout.vllm_embedded import VLLMEmbedded
+from dppo_lightning.generate.engine import EngineSpec, Request, Sampling
+from dppo_lightning.generate.vllm.embedded import VLLMEmbedded
+from tests.helpers.places import ROOT
+from tests.helpers.rank_pool import RankPool
+from tests.helpers.recipes import changed, recipe
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_what_two_ranks_export_loads_in_transformers_and_vllm_and_scores_equal(
@@ -69,7 +68,7 @@ def peak_of_gathering(bucket_bytes: int) -> dict[str, float]:
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dppo_lightning.scaling.weights import gathered_weights
+    from dppo_lightning.sync.named_weights import gathered_weights
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}

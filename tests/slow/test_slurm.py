@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -15,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli.runs import recipe
 
-from dppo_lightning.checkpoint_files import read_weights
+from dppo_lightning.run.checkpoint_files import read_weights
+from tests.helpers.places import ROOT
+from tests.helpers.recipes import recipe
+from tests.helpers.run_files import read_jsonl
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40
-ZERO2 = {"class_path": "dppo_lightning.scaling.zero.ZeroStrategy", "init_args": {"stage": 2}}
+ZERO2 = {"class_path": "dppo_lightning.scaling.ZeroStrategy", "init_args": {"stage": 2}}
 
 pytestmark = [
     pytest.mark.slow,
@@ -105,7 +105,7 @@ class Submitted:
 
     def completions(self) -> list[dict[str, Any]]:
         path = self.run_dir / "completions.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_jsonl(path) if path.exists() else []
 
     def weights(self) -> dict[str, torch.Tensor]:
         (saved,) = (self.run_dir / "checkpoints").glob(f"step={STEPS}*.ckpt")

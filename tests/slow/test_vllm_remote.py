@@ -19,18 +19,18 @@ from typing import NoReturn
 
 import pytest
 import torch
-from processes import session_of, wait_until
-from rollout.engine_case import LONGS, Case, ask, changed, error, weights
-from small_runs import fit
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.errors import EngineError, SyncError
-from dppo_lightning.records import Completion
-from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
-from dppo_lightning.rollout.ports import hold_port
-from dppo_lightning.rollout.vllm_remote import VLLMRemote
+from dppo_lightning.base.errors import EngineError, SyncError
+from dppo_lightning.base.records import Completion
+from dppo_lightning.generate.engine import EngineSpec, Failed, UpdateStats
+from dppo_lightning.generate.vllm.remote import VLLMRemote
+from dppo_lightning.generate.vllm.server import hold_port
+from tests.helpers.engines import LONGS, Case, ask, changed, error, weights
+from tests.helpers.places import ROOT
+from tests.helpers.processes import kill, session_of, wait_until
+from tests.helpers.runs import fit
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 
 pytestmark = [
@@ -43,7 +43,7 @@ pytestmark = [
 def two(tiny_model_dir: str) -> Iterator[Case]:
     """Two servers."""
     spec = EngineSpec(tiny_model_dir, max_model_len=512, max_logprobs=8, stop_token_ids=(42,))
-    engine = VLLMRemote(servers=2, kv_cache_gib=0.25, threads=1)
+    engine = VLLMRemote(servers=2, kv_cache_gib=0.25, threads=1, max_restarts=1)
     engine.start(spec)
     yield Case(engine, spec, AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32))
     engine.close()
@@ -52,15 +52,19 @@ def two(tiny_model_dir: str) -> Iterator[Case]:
 def both_work(case: Case) -> None:
     """Completions of the two servers are those of the current weights."""
     case.engine.submit(LONGS)
-    wait_until(lambda: all(server.jobs for server in case.engine._fleet.servers))
+    wait_until(lambda: all(server.in_flight for server in case.engine.server_states()))
     for completion in case.wait(len(LONGS)).values():
         assert (completion.versions == case.engine.health().version).all()
         assert error(case.model, completion) < TOLERANCE
 
 
-def poll_for_ever(engine: VLLMRemote) -> NoReturn:
+def kill_for_ever(engine: VLLMRemote) -> NoReturn:
+    """Kill every server as often as it is started."""
     while True:
-        engine.poll(timeout=20)
+        for server in engine.server_states():
+            if server.pid is not None:
+                kill([server.pid])
+        engine.poll(timeout=0.1)
 
 
 def semaphores_of(session: int) -> list[Path]:
@@ -86,9 +90,9 @@ def test_a_killed_server_costs_no_completion_and_comes_back_with_the_current_wei
     expected = two.generate(LONGS)
     two.engine.submit(LONGS)
     results = two.wait(1)
-    killed, _ = two.engine._fleet.servers
-    pid = killed.local.pid
-    assert killed.jobs
+    killed, _ = two.engine.server_states()
+    pid = killed.pid
+    assert killed.in_flight
     os.kill(pid, signal.SIGKILL)
     results |= two.wait(len(LONGS) - len(results))
     assert two.engine.poll(timeout=0) == []
@@ -96,29 +100,26 @@ def test_a_killed_server_costs_no_completion_and_comes_back_with_the_current_wei
         again = results[request.id]
         assert again.token_ids.tolist() == whole.token_ids.tolist()
         assert abs(again.logp - whole.logp).max() < TOLERANCE
-    assert not killed.up
+    assert not two.engine.server_states()[0].up
     assert "out: " in two.engine.health().description
 
     two.model = changed(two.model, seed=1)
     two.engine.update_weights(weights(two.model), version=2)
-    wait_until(lambda: killed.up, 120)
-    assert killed.local.pid != pid
+    wait_until(lambda: two.engine.server_states()[0].up, 120)
+    assert two.engine.server_states()[0].pid != pid
     assert session_of(pid) == []
     both_work(two)
 
 
 def test_when_restarts_are_used_up_the_error_names_every_server(two: Case) -> None:
-    fleet = two.engine._fleet
-    fleet.limits = replace(fleet.limits, restarts=0)
     two.engine.submit(LONGS)
-    pids = [server.local.pid for server in fleet.servers]
+    servers = two.engine.server_states()
+    pids = [server.pid for server in servers]
     semaphores = [path for pid in pids for path in semaphores_of(pid)]
     assert semaphores
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="no vLLM server is left") as caught:
-        poll_for_ever(two.engine)
-    assert all(server.url in str(caught.value) for server in fleet.servers)
+        kill_for_ever(two.engine)
+    assert len(re.findall(r"http://127\.0\.0\.1:\d+: ", str(caught.value))) == len(servers)
     assert not two.engine.health().alive
     with pytest.raises(EngineError, match="no vLLM server is left"):
         two.engine.submit([ask()])
@@ -203,13 +204,12 @@ def test_a_server_that_was_started_as_the_docs_say_serves_a_run(
 
 def test_servers_end_with_a_killed_trainer(tiny_model_dir: str) -> None:
     program = f"""
-import os, signal, time
-from dppo_lightning.rollout.engine import EngineSpec, Failed, UpdateStats
-from dppo_lightning.rollout.ports import hold_port
-from dppo_lightning.rollout.vllm_remote import VLLMRemote
+import time
+from dppo_lightning.generate.engine import EngineSpec
+from dppo_lightning.generate.vllm.remote import VLLMRemote
 engine = VLLMRemote(kv_cache_gib=0.25, threads=1)
 engine.start(EngineSpec({tiny_model_dir!r}, max_model_len=512))
-print(engine._fleet.servers[0].local.pid, flush=True)
+print(engine.server_states()[0].pid, flush=True)
 time.sleep(60)
 """
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the paths of sockets must be short
@@ -239,7 +239,7 @@ class Doomed(VLLMRemote):
         found = super().poll(timeout)
         if not self.killed and self.updates == 1 and any(result.request_id.startswith("train/") for result in found):
             self.killed = True
-            os.kill(self._fleet.servers[0].local.pid, signal.SIGKILL)
+            kill([self.server_states()[0].pid])
         return found
 
 

@@ -37,9 +37,8 @@ from dppo_lightning.trust_region import (
     TruncatedIS,
     TrustRegion,
 )
-
-from . import reference as ref
-from .batches import Token, stats
+from tests.trust_region import reference as ref
+from tests.trust_region.batches import Token, stats
 
 
 @dataclass(frozen=True)

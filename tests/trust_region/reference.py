@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 
-from .batches import Token
+from tests.trust_region.batches import Token
 
 Result = tuple[list[float], list[bool]]
 

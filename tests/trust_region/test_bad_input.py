@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dppo_lightning.errors import ConfigError, DPPOError
-from dppo_lightning.module import DPPOModule
+from dppo_lightning.base.errors import ConfigError, DPPOError
+from dppo_lightning.train.module import DPPOModule
 from dppo_lightning.trust_region import (
     CISPO,
     CPPO,
@@ -43,9 +43,8 @@ from dppo_lightning.trust_region import (
     TrustRegion,
     check_tokens,
 )
-
-from .batches import random_batch, stats
-from .cases import DEFAULTS
+from tests.trust_region.batches import random_batch, stats
+from tests.trust_region.cases import DEFAULTS
 
 NAN, INF = float("nan"), float("inf")
 

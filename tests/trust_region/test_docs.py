@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from pathlib import Path
 
 import jsonargparse
 import pytest
@@ -14,11 +13,11 @@ import yaml
 
 import dppo_lightning.trust_region as package
 from dppo_lightning.trust_region import TrustRegion
+from tests.helpers.places import ROOT
+from tests.trust_region.batches import random_batch, stats
+from tests.trust_region.cases import DEFAULTS
 
-from .batches import random_batch, stats
-from .cases import DEFAULTS
-
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 NAMES = [type(case.region).__name__ for case in DEFAULTS]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -11,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from dppo_lightning.scoring import Scorer
-
-from .cases import DEFAULTS, Case
+from dppo_lightning.train.scoring import Scorer
+from tests.helpers.errors import printed_error
+from tests.helpers.recipes import run
+from tests.helpers.run_files import read_jsonl, read_rows, write_jsonl
+from tests.trust_region.cases import DEFAULTS, Case
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(3)]
 # a small learning rate would leave every mask at rest: two steps on one rollout, and the second meets a moved policy
@@ -45,10 +45,8 @@ def configuration(case: Case) -> dict[str, Any]:
 
 def fit(folder: Path, policy: str, region: dict[str, Any], **model: Any) -> Path:
     """Three optimizer steps; the run directory."""
-    from dppo_lightning.cli import main
-
     folder.mkdir()
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
     config = {
         "run_dir": str(folder / "run"),
         "trainer": {
@@ -59,7 +57,7 @@ def fit(folder: Path, policy: str, region: dict[str, Any], **model: Any) -> Path
         },
         "model": {"policy": policy, "trust_region": region, "optimizer": OPTIMIZER, **model},
         "data": {
-            "prompts": {"class_path": "JsonlPrompts", "init_args": {"train": str(folder / "prompts.jsonl")}},
+            "prompts": {"class_path": "JsonlPrompts", "init_args": {"train": prompts}},
             "reward": {"class_path": "RegexMatch", "init_args": {"pattern": "[0-9]"}},
             "engine": {"class_path": "TransformersEngine"},
             "prompts_per_step": 2,
@@ -68,10 +66,7 @@ def fit(folder: Path, policy: str, region: dict[str, Any], **model: Any) -> Path
             "max_new_tokens": 5,
         },
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:  # a third of such a run's time, and the same for every region
-        patch.setattr("dppo_lightning.callbacks.curves.draw_curves", lambda *_, **__: None)
-        main(["fit", "--config", str(folder / "recipe.yaml")])
+    run("fit", config, folder)
     return folder / "run"
 
 
@@ -89,8 +84,7 @@ def start_rows(run: Path) -> dict[str, str]:
 
 def steps(run: Path) -> list[dict[str, float]]:
     """The logged values of each optimizer step."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    rows = [{n: float(value) for n, value in row.items() if value} for row in read_rows(run / "metrics.csv")]
     return [row for row in rows if "train/loss" in row]
 
 
@@ -113,7 +107,7 @@ def test_every_region_trains_by_configuration_and_the_start_table_names_it(
     assert [row["train/staleness"] for row in logged] == [0, 1, 0]
     assert (len(passes) > 0) == bool(case.region.needs & {"recomputed_logp", "full"})
     assert ["time/choose" in row for row in logged] == ["chosen" in case.region.needs] * 3
-    audit = [json.loads(line) for line in (run / "mask_audit.jsonl").read_text().splitlines()]
+    audit = read_jsonl(run / "mask_audit.jsonl")
     assert [line["step"] for line in audit] == [0, 1, 2]
     for line, row in zip(audit, logged, strict=True):
         assert line["totals"]["tokens"] == row["train/tokens"]
@@ -142,12 +136,6 @@ def test_an_anchor_that_the_method_does_not_have_ends_in_one_line(
     tmp_path: Path, tiny_policy_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for region in ("IcePop", "TopKTV"):
-        with pytest.raises(SystemExit):
-            fit(
-                tmp_path / region,
-                tiny_policy_dir,
-                {"class_path": PACKAGE + region, "init_args": {"anchor": "recomputed"}},
-            )
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith("error: ")
+        config = {"class_path": PACKAGE + region, "init_args": {"anchor": "recomputed"}}
+        line = printed_error(capsys, fit, tmp_path / region, tiny_policy_dir, config)
         assert "anchor" in line

@@ -34,9 +34,8 @@ from dppo_lightning.trust_region import (
     TruncatedIS,
     TrustRegion,
 )
-
-from . import reference as ref
-from .batches import Token, softmax, stats
+from tests.trust_region import reference as ref
+from tests.trust_region.batches import Token, softmax, stats
 
 QUICK = settings(max_examples=100, deadline=None)
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dppo_lightning.trust_region import DRPO, GSPO, SAPO, SPO, DualClip
-
-from . import reference
-from .batches import edge_batch, random_batch
-from .cases import CASES
+from tests.trust_region import reference
+from tests.trust_region.batches import edge_batch, random_batch
+from tests.trust_region.cases import CASES
 
 BATCHES = {
     "random-0": random_batch(0),

@@ -12,12 +12,11 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from transformers import AutoModelForCausalLM
 
-from dppo_lightning.batch import pack
-from dppo_lightning.module import DPPOModule
-from dppo_lightning.policy import Policy
-from dppo_lightning.records import Sequence
-from dppo_lightning.scaling.controller import Controller
-from dppo_lightning.scaling.ranks import Ranks
+from dppo_lightning.base.batch import pack
+from dppo_lightning.base.records import Sequence
+from dppo_lightning.scaling.ranks import Controller, Ranks
+from dppo_lightning.train.module import DPPOModule
+from dppo_lightning.train.policy import Policy
 from dppo_lightning.trust_region import BinaryTV, Combined, FullKL, FullTV, PPOClip, TopKTV, TrustRegion
 
 LENGTHS = ((3, 6), (2, 1), (5, 9), (1, 4))  # prompt, completion
@@ -45,7 +44,7 @@ def make_module(
     """A module in training, as far as ``annotate`` sees it."""
     module = DPPOModule(folder, region, **arguments)
     module.policy = Policy(folder, temperature)
-    module._trainer = SimpleNamespace(
+    module.trainer = SimpleNamespace(
         precision_plugin=precision or Precision(),
         accumulate_grad_batches=2,
         strategy=SimpleNamespace(precision_plugin=precision or Precision(), root_device=torch.device("cpu")),

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dppo_lightning.batch import TrainingBatch
-from dppo_lightning.head import HeadOutput, PolicyHead
-from dppo_lightning.logits import LogitTransform
-from dppo_lightning.objective import Objective, ReferenceKL
-from dppo_lightning.step_choice import choose_over_step, statistics
+from dppo_lightning.base.batch import TrainingBatch
+from dppo_lightning.train.head import HeadOutput, PolicyHead
+from dppo_lightning.train.logits import LogitTransform
+from dppo_lightning.train.objective import Objective, ReferenceKL
+from dppo_lightning.train.scoring import choose_over_step, statistics
 from dppo_lightning.trust_region import BinaryTV, FullTV, TokenStats, TokenStatsError, TrustRegion
-from dppo_lightning.trust_region.diagnostics import diagnostic_divergences
-
-from .cases import CASES, DEFAULTS, Case
+from dppo_lightning.trust_region.topk import diagnostic_divergences
+from tests.trust_region.cases import CASES, DEFAULTS, Case
 
 TOKENS, WIDTH, VOCABULARY = 41, 16, 211
 LENGTHS = (17, 1, 23)
@@ -59,6 +58,7 @@ def scene(region: TrustRegion, seed: int = 0) -> Scene:
         sequence=torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)),
         position=torch.cat([torch.arange(length) for length in LENGTHS]),
         version=torch.zeros(TOKENS, dtype=torch.int64),
+        step=0,
         real_tokens=72,
         topk_ids=torch.cat([top.indices, sampled], dim=1),
         rollout_topk_logp=torch.cat([top.values, rollout_logp.masked_fill(inside, -torch.inf)], dim=1),

@@ -1,0 +1,11 @@
+from .advantage import AdvantageEstimator as AdvantageEstimator
+from .generate.engine import RolloutEngine as RolloutEngine
+from .prompts.base import PromptSource as PromptSource
+from .reward.base import RewardFunction as RewardFunction
+from .train.datamodule import RolloutDataModule as RolloutDataModule
+from .train.hooks import RunCallback as RunCallback
+from .train.module import DPPOModule as DPPOModule
+from .trust_region.base import Surrogate as Surrogate
+from .trust_region.base import TokenStats as TokenStats
+from .trust_region.base import TrustRegion as TrustRegion
+from .trust_region.divergence import DivergenceMask as DivergenceMask

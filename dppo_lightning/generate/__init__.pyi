@@ -1,0 +1,13 @@
+from .engine import EngineSpec as EngineSpec
+from .engine import Failed as Failed
+from .engine import Health as Health
+from .engine import Request as Request
+from .engine import RolloutEngine as RolloutEngine
+from .engine import Sampling as Sampling
+from .engine import UpdateStats as UpdateStats
+from .schedule import Selection as Selection
+from .schedule import Streaming as Streaming
+from .scripted import ScriptedEngine as ScriptedEngine
+from .transformers_engine import TransformersEngine as TransformersEngine
+from .vllm.embedded import VLLMEmbedded as VLLMEmbedded
+from .vllm.remote import VLLMRemote as VLLMRemote

@@ -1,0 +1,78 @@
+"""MathReward: grades mathematics with math-verify."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from dppo_lightning.base.errors import ConfigError, RewardError, require
+from dppo_lightning.base.records import Prompt
+from dppo_lightning.reward.base import RewardFunction, Sample
+from dppo_lightning.reward.text import reference_answer, without_answer
+
+
+class MathReward(RewardFunction):
+    r"""Reward of 1 when the completion's final result equals the reference answer as mathematics, else 0.
+
+    The result is found by math-verify: the last ``\boxed{}``, else a formula or a number. Reference answers are
+    numbers or LaTeX, with or without ``$`` or ``\boxed{}``; ``\frac{1}{2}``, 0.5 and 1/2 are equal.
+
+    Args:
+        timeout: Seconds that parsing or comparing one expression may take, >= 1; an answer that takes longer is wrong.
+            The limit is kept by a signal, which Python has on the main thread only: elsewhere there is no limit.
+
+    Raises:
+        ConfigError: ``timeout`` is out of range, or math-verify is not installed.
+        RewardError: When scoring: a prompt's reference answer is missing or no mathematics.
+    """
+
+    main_thread = True
+
+    def __init__(self, timeout: int = 5) -> None:
+        if timeout < 1:
+            raise ConfigError(f"timeout must be >= 1 second, got {timeout}")
+        require("math_verify")
+        self.timeout = timeout
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        answers = [reference_answer(sample, "MathReward") for sample in samples]
+        references = {answer: self._readable(answer) for answer in dict.fromkeys(answers)}
+        return [
+            float(self._equal(references[answer], self._parse(sample.completion)))
+            for answer, sample in zip(answers, samples, strict=True)
+        ]
+
+    def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        problems = without_answer(prompts)
+        answers = {prompt.answer for place, prompt in enumerate(prompts) if place not in problems}
+        bad = {answer for answer in answers if answer is not None and not self._reference(answer)}
+        unread = {
+            place: f"has the answer {prompt.answer!r}, which is no mathematics"
+            for place, prompt in enumerate(prompts)
+            if prompt.answer in bad
+        }
+        return problems | unread
+
+    def _readable(self, answer: str) -> list[Any]:
+        parsed = self._reference(answer)
+        if not parsed:
+            raise RewardError(
+                f"MathReward cannot read the reference answer {answer!r} as mathematics: mend or remove that prompt, "
+                "or use ExactMatch"
+            )
+        return parsed
+
+    def _reference(self, answer: str) -> list[Any]:
+        # Without delimiters math-verify sees numbers only: "x^2+1" and "\sqrt{2}" would be found empty.
+        delimited = "$" in answer or "\\boxed" in answer
+        return self._parse(answer if delimited else f"${answer}$") or self._parse(answer)
+
+    def _parse(self, text: str) -> list[Any]:
+        return require("math_verify").parse(text, parsing_timeout=self._limit())
+
+    def _equal(self, reference: list[Any], result: list[Any]) -> bool:
+        return bool(require("math_verify").verify(reference, result, timeout_seconds=self._limit()))
+
+    def _limit(self) -> int | None:
+        return self.timeout if threading.current_thread() is threading.main_thread() else None

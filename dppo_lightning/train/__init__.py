@@ -1,0 +1,1 @@
+"""Verb 4: from a rollout to optimizer steps."""
