@@ -69,7 +69,13 @@ def test_a_checkpoint_of_deepspeed_is_joined(
     checkpoint = run / "checkpoints" / "last.ckpt"
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump({"model": {"policy": tiny_policy_dir, "lora": lora}}))
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641"}
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }  # any free one
     environment = os.environ | place | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     arguments = [tiny_policy_dir, str(checkpoint), str(stage), json.dumps(lora)]
     subprocess.run([sys.executable, "-c", TRAIN, *arguments], env=environment, check=True, timeout=300)
