@@ -95,11 +95,6 @@ def stop_tokens(model: str, tokenizer: PreTrainedTokenizerBase) -> dict[int, str
     return {token: " and ".join(dict.fromkeys(origins[token])) for token in sorted(origins)}
 
 
-def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Ids that end a completion, ascending; see ``stop_tokens``."""
-    return tuple(stop_tokens(model, tokenizer))
-
-
 def _ids(given: Any, origin: str, model: str, vocabulary: int) -> list[int]:
     ids = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     for token in ids:

@@ -121,8 +121,8 @@ def load_prompts(
         raise ConfigError(
             f"data.max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens"
         )
-    room = None if context is None else context - max_new_tokens
-    longest = min((limit for limit in (max_prompt_tokens, room) if limit), default=None)
+    left = None if context is None else context - max_new_tokens
+    longest = min((limit for limit in (max_prompt_tokens, left) if limit), default=None)
     stops = stop_tokens(model, tokenizer)
     sets = source.load()
     train, dropped = encode(sets.train, tokenizer, "train", longest, stops)

@@ -16,7 +16,6 @@ from dppo_lightning.advantage import AdvantageEstimator, GroupMean
 from dppo_lightning.base.batch import TrainingBatch
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.records import Group, Prompt
-from dppo_lightning.base.special_tokens import stop_token_ids as stop_token_ids
 from dppo_lightning.base.timeline import Timeline
 from dppo_lightning.generate.engine import EngineSpec, RolloutEngine, Sampling
 from dppo_lightning.generate.schedule import Schedule, Selection, Streaming

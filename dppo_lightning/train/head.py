@@ -31,7 +31,14 @@ from dppo_lightning.train.logits import (
 )
 from dppo_lightning.train.objective import Objective, TokenLoss
 from dppo_lightning.train.projection import Projection
-from dppo_lightning.trust_region.base import TokenStats, TokenStatsError, TrustRegion, check_tokens, concatenated
+from dppo_lightning.trust_region.base import (
+    TokenStats,
+    TokenStatsError,
+    TrustRegion,
+    check_tokens,
+    concatenated,
+    joint_needs,
+)
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
 
@@ -111,7 +118,8 @@ class _Work:
         self.batch = batch
         self.objective = objective
         self.diagnostics = diagnostics
-        self.needs = objective.region.needs.union(*(region.needs for region in diagnostics.values()))
+        self.needs = joint_needs(objective.region, *diagnostics.values())
+        self.age = batch.age if "age" in self.needs else None
         self.wants_entropy = entropy or "entropy" in self.needs or objective.entropy_coefficient > 0
         self.collected: dict[str, list[Tensor]] = {}
         self.tables: Tables | None = None
@@ -195,7 +203,7 @@ class _Work:
             topk_logp=topk_logp,
             rollout_topk_logp=rollout_topk,
             entropy=entropy_of(normalised, probabilities, self.room) if self.wants_entropy else None,
-            age=batch.age[rows] if "age" in self.needs else None,
+            age=_rows(self.age, rows),
             sequence=batch.sequence[rows],
             position=batch.position[rows],
             chosen=_rows(batch.chosen, rows),

@@ -39,6 +39,7 @@ from dppo_lightning.train.objective import Aggregation, Objective, ReferenceKL, 
 from dppo_lightning.train.policy import Policy, Unadapted, check_precision, load_models
 from dppo_lightning.train.scoring import Scorer
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
+from dppo_lightning.trust_region.base import joint_needs
 from dppo_lightning.trust_region.topk import diagnostic_divergences
 
 
@@ -141,7 +142,7 @@ class DPPOModule(EvaluationHooks):
     @property
     def needs(self) -> frozenset[str]:
         """What the region and the diagnostics read, see TrustRegion."""
-        return self.region.needs.union(*(region.needs for region in self.diagnostics.values()))
+        return joint_needs(self.region, *self.diagnostics.values())
 
     @property
     def topk(self) -> int:

@@ -160,6 +160,11 @@ def _as_text(value: float | str | None) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
+def joint_needs(*regions: TrustRegion) -> frozenset[str]:
+    """What at least one of several regions reads, see ``TrustRegion``."""
+    return frozenset().union(*(region.needs for region in regions))
+
+
 def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
     """Refuse statistics that the region would silently turn into a wrong update.
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dppo_lightning.base.errors import ConfigError
-from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, policy_gradient
+from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, joint_needs, policy_gradient
 
 
 class Combined(TrustRegion):
@@ -35,7 +35,7 @@ class Combined(TrustRegion):
             if not mask.composable:
                 raise ConfigError(f"Combined: {type(mask).__name__} has no constant weight to multiply, use it alone")
         self.masks = nn.ModuleList(masks)
-        self.needs = frozenset().union(*(mask.needs for mask in masks))
+        self.needs = joint_needs(*masks)
         if {"topk", "full"} <= self.needs:
             raise ConfigError(
                 "Combined: a Top-K and a full-vocabulary region cannot share one table, choose one of them"

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.pretrained import load_model, load_tokenizer
-from dppo_lightning.base.special_tokens import Decoder, stop_token_ids, stop_tokens
+from dppo_lightning.base.special_tokens import Decoder, stop_tokens
 from dppo_lightning.run.export import Trained, write_model
 
 END = 95  # of the tiny policy's tokenizer, which is the only one to name it
@@ -40,7 +40,7 @@ def stops(folder: Path) -> dict[int, str]:
 def test_without_a_generation_config_the_models_config_says_where_completions_end(folder: Path, given: Any) -> None:
     configure(folder, eos_token_id=given)
     wanted = {5, END} | (set(given) if isinstance(given, list) else set())
-    assert stop_token_ids(str(folder), load_tokenizer(str(folder))) == tuple(sorted(wanted))
+    assert tuple(stop_tokens(str(folder), load_tokenizer(str(folder)))) == tuple(sorted(wanted))
     assert stops(folder)[5] == "the model's config"
     assert stops(folder)[END] == "tokenizer"
 
