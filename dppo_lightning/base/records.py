@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -58,6 +59,15 @@ class Completion:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the completion as plain values and tensors, for a checkpoint."""
+        return {name: as_plain(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Completion:
+        """Make the completion whose ``state_dict`` this is."""
+        return cls(**{name: from_plain(value) for name, value in state.items()})
+
 
 @dataclass
 class Group:
@@ -100,6 +110,26 @@ class Group:
             for row, logp in zip(rows, self.reference_logp, strict=True):
                 row.reference_logp = logp
         return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the group as plain values and tensors, for a checkpoint; of the prompt only its id."""
+        rest = {name: as_plain(value) for name, value in vars(self).items() if name not in ("prompt", "completions")}
+        return rest | {
+            "prompt": self.prompt.id,
+            "completions": [completion.state_dict() for completion in self.completions],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], prompts: Mapping[str, Prompt]) -> Group:
+        """Make the group whose ``state_dict`` this is.
+
+        Args:
+            state: The state.
+            prompts: Training prompts by their ids, among them the group's.
+        """
+        rest = {name: from_plain(value) for name, value in state.items() if name not in ("prompt", "completions")}
+        completions = [Completion.from_state(completion) for completion in state["completions"]]
+        return cls(prompts[state["prompt"]], completions, **rest)
 
     def records(self) -> list[dict[str, Any]]:
         """JSON-ready records, one for each completion; a reward part that was not reported for it is None."""
@@ -193,6 +223,28 @@ class Sequence:
     def tokens(self) -> int:
         """Number of generated tokens, T."""
         return len(self.generated)
+
+
+def as_plain(value: Any) -> Any:
+    """Turn arrays, also those in lists and dicts, into tensors: a checkpoint is loaded without running code."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, list):
+        return [as_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: as_plain(item) for name, item in value.items()}
+    return value
+
+
+def from_plain(value: Any) -> Any:
+    """Undo ``as_plain``."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: from_plain(item) for name, item in value.items()}
+    return value
 
 
 def _with_sampled_column(completion: Completion) -> tuple[np.ndarray | None, np.ndarray | None]:

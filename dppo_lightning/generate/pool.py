@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
-from dppo_lightning.advantage import without_signal
-from dppo_lightning.base.records import Completion, Group, Prompt
+from dppo_lightning.base.records import Completion, Prompt
 from dppo_lightning.base.timeline import Span, Timeline
 from dppo_lightning.generate.engine import Failed, Request, Sampling
+from dppo_lightning.generate.flight import GroupFlight, derive_seed
 from dppo_lightning.generate.inbox import Inbox
 from dppo_lightning.reward.worker import RewardWorker
 
@@ -109,6 +104,21 @@ class GroupPool:
         flight = GroupFlight(serial, prompt, rollout, attempt)
         self._flights[serial] = self._shares[rollout].flights[serial] = flight
         self._submit(flight, range(self.samples))
+
+    def revive(self, flight: GroupFlight) -> None:
+        """Go on with a group of a run that was interrupted: ask again, with the same seeds, for what it lacks."""
+        self._flights[flight.serial] = flight
+        share = self._shares[flight.rollout]
+        share.flights[flight.serial] = flight
+        share.results += flight.results
+        if flight.settled:
+            share.settled += 1
+            share.usable += flight.usable
+        elif flight.finished is not None:
+            self._finish(flight)
+        else:
+            missing = set(range(self.samples)) - flight.completions.keys() - flight.failed.keys()
+            self._submit(flight, sorted(missing))
 
     def remove(self, flights: Iterable[GroupFlight]) -> int:
         """Forget groups; requests of theirs that are still in flight are aborted and counted."""
@@ -218,6 +228,10 @@ class GroupPool:
             return
         rollout = -1 if flight.rollout is None else flight.rollout
         self.timeline.add(Span("generate", flight.submitted, flight.finished, rollout, flight.oldest_version() or 0))
+        self._finish(flight)
+
+    def _finish(self, flight: GroupFlight) -> None:
+        """Send a group that has all its results to the reward."""
         if flight.group is None:
             self._ended.put(flight)
             return
@@ -226,74 +240,3 @@ class GroupPool:
         flight.rewarded.add_done_callback(lambda _: self._ended.put(flight))  # on the reward's thread
         if flight.rewarded.done():
             flight.rewarded.result()  # what a reward on this thread has raised, before the next is begun
-
-
-def derive_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) that depends on every part and on nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@dataclass
-class GroupFlight:
-    """A group in the making.
-
-    Attributes:
-        serial: Number of the group within the run; the seeds of its requests depend on it.
-        prompt: What is asked.
-        rollout: First optimizer step of the rollout that it is reserved for; None: whichever takes it.
-        attempt: How often some of its requests were submitted anew.
-        waiting: Request id -> (sample, weight version at submission) of requests without a result.
-        completions: Sample -> completion.
-        failed: What the engine could not serve.
-        submitted, finished: When the first request was submitted and the last result came, in seconds.
-        group: Built when the last result came; None when no request could be served.
-        rewarded: Done when the group has its rewards.
-        settled: Whether nothing more will change: rewarded, or not servable at all. Set by ``GroupPool.collect``.
-    """
-
-    serial: int
-    prompt: Prompt
-    rollout: int | None
-    attempt: int = 0
-    waiting: dict[str, tuple[int, int]] = field(default_factory=dict)
-    completions: dict[int, Completion] = field(default_factory=dict)
-    failed: list[Failed] = field(default_factory=list)
-    submitted: float = field(default_factory=time.perf_counter)
-    finished: float | None = None
-    group: Group | None = None
-    rewarded: Future[float] | None = None
-    settled: bool = False
-
-    @property
-    def results(self) -> int:
-        """Requests that have a result."""
-        return len(self.completions) + len(self.failed)
-
-    @property
-    def usable(self) -> bool:
-        """Whether it can be trained on."""
-        return self.settled and self.group is not None
-
-    def accept(self, result: Completion | Failed) -> None:
-        """Take one request's result; the last one makes the group."""
-        sample, _ = self.waiting.pop(result.request_id)
-        if isinstance(result, Failed):
-            self.failed.append(result)
-        else:
-            self.completions[sample] = result
-        if self.waiting:
-            return
-        self.finished = time.perf_counter()
-        if self.completions:
-            self.group = Group(self.prompt, [self.completions[sample] for sample in sorted(self.completions)], [])
-
-    def oldest_version(self) -> int | None:
-        """Weight version of its oldest token, of those still to come too; None when it has and will have none."""
-        versions = [int(completion.versions[0]) for completion in self.completions.values() if len(completion)]
-        return min([*versions, *(version for _, version in self.waiting.values())], default=None)
-
-    def has_signal(self) -> bool:
-        """Whether its rewards differ."""
-        assert self.group is not None
-        return not without_signal(np.asarray(self.group.rewards))

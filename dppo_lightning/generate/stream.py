@@ -24,8 +24,9 @@ from dppo_lightning.base.records import Completion, Group, Prompt
 from dppo_lightning.base.special_tokens import Decoder
 from dppo_lightning.base.timeline import Span, Timeline
 from dppo_lightning.generate.engine import Failed, Request, RolloutEngine, Sampling
+from dppo_lightning.generate.flight import GroupFlight, derive_seed
 from dppo_lightning.generate.inbox import Inbox, Progress
-from dppo_lightning.generate.pool import PATIENCE, GroupFlight, GroupPool, Share, derive_seed
+from dppo_lightning.generate.pool import PATIENCE, GroupPool, Share
 from dppo_lightning.generate.schedule import Rollout, Schedule, Selection, Streaming, Window
 from dppo_lightning.prompts.sampler import PromptSampler, draw
 from dppo_lightning.reward.base import RewardFunction
@@ -94,7 +95,9 @@ class RolloutStream:
         self._reserved: set[int] = set()  # rollouts whose groups were begun
         self._replaced: Counter[int] = Counter()  # by rollout: groups begun in place of others
         self._rejected: list[GroupFlight] = []  # without signal, since the last rollout
-        self._begun: list[tuple[int, Prompt]] = []  # before an interruption, and not trained on
+        self._version = 0  # weight version that the age bound is counted from
+        self._resumed_at: int | None = None  # weight version that the engine lacks after a state was loaded
+        self._revived: list[GroupFlight] = []  # begun before an interruption of the run, and not asked for again yet
 
     def next_rollout(self, step: int, progress: Progress | None = None) -> Rollout:
         """Generate, reward, and estimate advantages: the rollout whose first optimizer step is ``step``.
@@ -122,9 +125,12 @@ class RolloutStream:
 
     def generate(self, window: Window) -> None:
         """Have in flight what may be trained on in the rollouts from ``window`` on, as far as the age bound allows."""
+        revived, self._revived = self._revived, []
+        for flight in revived:
+            self.pool.revive(flight)
         bound = self.streaming.max_staleness
         # the first that is too far ahead ends it: a long run has many more
-        allowed = takewhile(lambda w: w.start - self.pool.version <= bound, self.schedule.upcoming(window.start))
+        allowed = takewhile(lambda w: w.start - self._version <= bound, self.schedule.upcoming(window.start))
         wanted = {w.start: ceil(w.prompts * (1 + self.selection.oversampling)) for w in allowed}
         if self.streaming.late == "drop":
             # Reserved groups are never too old: they are begun with weights within the bound of their rollout.
@@ -137,13 +143,14 @@ class RolloutStream:
                 self._begin(count, rollout=start)
 
     def _begin(self, count: int, rollout: int | None) -> None:
-        """Begin groups: first those that an interruption of the run stopped, then new ones."""
-        again, self._begun = self._begun[:count], self._begun[count:]
-        drawn = draw(self.sampler, count - len(again)) if len(again) < count else []
-        new = [(self.serial + index, prompt) for index, prompt in enumerate(drawn)]
-        self.serial += len(drawn)
-        for serial, prompt in again + new:
-            self.pool.begin(serial, prompt, rollout)
+        for prompt in draw(self.sampler, count) if count else []:
+            self.pool.begin(self.serial, prompt, rollout)
+            self.serial += 1
+
+    def settle(self) -> None:
+        """Wait until every group that was begun has its completions and rewards, so that a checkpoint has them."""
+        while any(not flight.settled for flight in self.pool):
+            self._collect(wait=1.0)
 
     def pump(self) -> None:
         """Look at what has arrived, without waiting, so that rewards are computed and groups replaced meanwhile."""
@@ -184,7 +191,7 @@ class RolloutStream:
         settled = [flight for flight in self._share(window.start).flights.values() if flight.settled]
         usable = sorted((f for f in settled if f.usable), key=lambda f: (f.finished, f.serial))
         chosen = sorted(usable[: window.prompts], key=lambda f: f.serial)
-        failures = [failed for flight in settled for failed in flight.failed]
+        failures = [failed for flight in settled for failed in flight.failed.values()]
         if not chosen and failures and not self._rejected:
             raise EngineError(f"the engine could serve none of {len(failures)} requests: {failures[0].reason}")
         self._check_age(chosen, window.start)
@@ -238,6 +245,11 @@ class RolloutStream:
         try:
             yield
             self.pool.version = version
+            within = self._next is not None and version < self._next
+            if not (within and version == self._resumed_at):
+                self._version = version
+            # else a run goes on within a rollout, and what may be in flight is what was when it was saved
+            self._resumed_at = None
         finally:
             if self.inbox.engine.health().alive:  # also after a refused update: nobody else would ask for them again
                 self.pool.restart(stopped)
@@ -289,24 +301,42 @@ class RolloutStream:
         self.worker.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Prompt order, and the groups that were begun and not trained on: they are generated anew, same seeds."""
-        begun = sorted([(flight.serial, flight.prompt.id) for flight in self.pool])
-        begun += [(serial, prompt.id) for serial, prompt in self._begun]
-        return {"serial": self.serial, "sampler": self.sampler.state_dict(), "begun": begun}
+        """Return prompt order, groups that are not trained on, and counts; requests in flight are asked again."""
+        flights = [flight.state_dict() for flight in [*self.pool, *self._revived]]
+        return {
+            "serial": self.serial,
+            "sampler": self.sampler.state_dict(),
+            "version": self._version,
+            "next": self._next,
+            "reserved": sorted(self._reserved),
+            "replaced": dict(self._replaced),
+            "counts": dict(self.pool.counts),
+            "flights": sorted(flights, key=lambda flight: flight["serial"]),
+            "rejected": [flight.state_dict() for flight in self._rejected],
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Take up a state.
+
+        Args:
+            state: State that ``state_dict`` returned.
+            step: Optimizer steps taken when it was saved; the engine is given the weights of that step next.
 
         Raises:
             ConfigError: It names a prompt that is not among the training prompts.
         """
         prompts = {prompt.id: prompt for prompt in self.sampler.prompts}
-        unknown = [name for _, name in state["begun"] if name not in prompts]
-        if unknown:
-            raise ConfigError(f"the checkpoint was made with other prompts: {unknown[0]!r} is not among data.prompts")
-        self.serial = state["serial"]
+        for saved in [*state["flights"], *state["rejected"]]:
+            if saved["prompt"] not in prompts:
+                name = saved["prompt"]
+                raise ConfigError(f"the checkpoint was made with other prompts: {name!r} is not among data.prompts")
+        self.serial, self._version, self._next = state["serial"], state["version"], state["next"]
+        self._resumed_at = step
+        self._reserved, self._replaced = set(state["reserved"]), Counter(state["replaced"])
+        self.pool.counts = Counter(state["counts"])
         self.sampler.load_state_dict(state["sampler"])
-        self._begun = [(serial, prompts[name]) for serial, name in state["begun"]]
+        self._revived = [GroupFlight.from_state(saved, prompts) for saved in state["flights"]]
+        self._rejected = [GroupFlight.from_state(saved, prompts) for saved in state["rejected"]]
 
 
 COUNTED = ("stream/ready", "stream/without_signal", "stream/resampled", "stream/aborted", "stream/stale")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ import numpy as np
 from dppo_lightning.base.batch import TrainingBatch, pack
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.packing import Layout, split_by_tokens
-from dppo_lightning.base.records import Group, Sequence
+from dppo_lightning.base.records import Group, Prompt, Sequence, as_plain, from_plain
+from dppo_lightning.generate.schedule import Window
 from dppo_lightning.train.metrics import group_metrics
 
 TokenWeights = Callable[[np.ndarray], np.ndarray]
@@ -149,6 +150,64 @@ def plan_step(
     ]
     plans[0].groups, plans[0].metrics = groups, group_metrics(groups) | {"train/empty": float(empty)}
     return plans
+
+
+@dataclass
+class OpenRollout:
+    """A rollout with steps that are not taken yet; a checkpoint within it has it, for its weights are gone.
+
+    Attributes:
+        window: Optimizer steps that it is for.
+        groups: Groups, in order.
+        sequences: What of each group is trained on, annotated.
+    """
+
+    window: Window
+    groups: list[Group]
+    sequences: list[list[Sequence]]
+
+    def has_left(self, step: int) -> bool:
+        """Whether ``step`` is one of its steps, and not the first."""
+        return self.window.start < step < self.window.start + self.window.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups, and of each sequence what it has beside them."""
+        return {
+            "start": self.window.start,
+            "steps": self.window.steps,
+            "prompts": self.window.prompts,
+            "groups": [group.state_dict() for group in self.groups],
+            "noted": [[_noted(row) for row in rows] for rows in self.sequences],
+        }
+
+    @classmethod
+    def from_state(
+        cls,
+        state: dict[str, Any],
+        prompts: Mapping[str, Prompt],
+        trained: Callable[[Group], list[Sequence]],
+    ) -> OpenRollout:
+        """Make the rollout whose ``state_dict`` this is.
+
+        Args:
+            state: The state.
+            prompts: Training prompts by their ids.
+            trained: Gives the sequences of a group that are trained on.
+        """
+        groups = [Group.from_state(saved, prompts) for saved in state["groups"]]
+        sequences = [trained(group) for group in groups]
+        for rows, noted in zip(sequences, state["noted"], strict=True):
+            for row, values in zip(rows, noted, strict=True):
+                row.reference_logp = from_plain(values["reference_logp"])
+                row.recomputed_logp = from_plain(values["recomputed_logp"])
+                row.rollout_hidden = values["rollout_hidden"]
+        return cls(Window(state["start"], state["steps"], state["prompts"]), groups, sequences)
+
+
+def _noted(sequence: Sequence) -> dict[str, Any]:
+    """What ``Learner.annotate`` has written on a sequence."""
+    names = ("reference_logp", "recomputed_logp", "rollout_hidden")
+    return {name: as_plain(getattr(sequence, name)) for name in names}
 
 
 def empty_step(first: int, plans: list[StepPlan]) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -27,8 +25,9 @@ from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.reward import RewardFunction
 from dppo_lightning.reward.base import UnreadableAnswers, scorable
 from dppo_lightning.scaling.ranks import Controller, Ranks, fingerprint
-from dppo_lightning.train.assembly import Learner, RolloutLoader, StepPlan, check_micro_batches, empty_step, plan_steps
-from dppo_lightning.train.hooks import HeldOutLoader, run_callbacks
+from dppo_lightning.train.assembly import Learner, RolloutLoader, StepPlan, check_micro_batches
+from dppo_lightning.train.hooks import HeldOutLoader
+from dppo_lightning.train.step_source import StepSource
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +133,6 @@ class RolloutDataModule(pl.LightningDataModule):
         self.timeline = Timeline()
         self.ranks: Ranks | None = None
         self.stream: RolloutStream | None = None  # on rank 0
-        self.plan: StepPlan | None = None
-        self._warned_of_empty_step = False
         self.predict_split: Literal["train", "heldout"] = "heldout"
         self.train_prompts: list[Prompt] = []
         self.heldout_prompts: list[Prompt] = []
@@ -153,6 +150,10 @@ class RolloutDataModule(pl.LightningDataModule):
             return
         self.ranks, self.timeline = Ranks(), Timeline()
         self.controller = Controller(self.ranks)
+        assert self.trainer is not None
+        self.steps = StepSource(
+            self.trainer, self.controller, self.learner, self.selection, lambda: self.running_stream
+        )
         if self.ranks.world_size > 1:
             self.ranks.agree(fingerprint(self._settings()), "configuration")
         with self.ranks.together():
@@ -249,7 +250,7 @@ class RolloutDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         assert self.trainer is not None
-        return RolloutLoader(self.trainer, self._micro_batches)
+        return RolloutLoader(self.trainer, self.steps.micro_batches)
 
     def pump(self) -> None:
         """On rank 0: let the stream look at what has arrived."""
@@ -262,39 +263,10 @@ class RolloutDataModule(pl.LightningDataModule):
         assert self.stream is not None
         return self.stream
 
-    def plan_rollout(self, step: int) -> list[list[StepPlan]]:
-        """On rank 0: get the rollout that begins at ``step`` and lay its optimizer steps out, for each rank."""
-        rollout = self.running_stream.next_rollout(step, self._progress)
-        sequences = [self.selection.trained(group) for group in rollout.groups]
-        started = time.perf_counter()
-        self.learner.annotate([sequence for mine in sequences for sequence in mine])
-        annotate = time.perf_counter() - started
-        trainer = self.trainer
-        assert trainer is not None
-        plans = plan_steps(
-            rollout.groups,
-            sequences,
-            first=step,
-            steps=rollout.window.steps,
-            weights=self.learner.weights,
-            layout=self.learner.layout,
-            ranks=trainer.world_size,
-            micro_batches=trainer.accumulate_grad_batches,
-        )
-        for callback in run_callbacks(trainer):
-            callback.on_rollout(trainer, trainer.lightning_module, rollout.groups)
-        plans[0][0].metrics |= rollout.metrics | {"time/annotate": annotate}
-        warning = empty_step(step, [plan for plan, *_ in plans])
-        if warning is not None and not self._warned_of_empty_step:
-            self._warned_of_empty_step = True
-            log.warning(warning)
-        return [[step_plans[rank] for step_plans in plans] for rank in range(len(plans[0]))]
-
-    def _micro_batches(self, step: int) -> Iterator[TrainingBatch]:
-        """On every rank: its micro-batches of the rollout that begins at ``step``."""
-        for plan in self.controller.direct(partial(self.plan_rollout, step)):
-            self.plan = plan
-            yield from self.learner.choose(plan.batches)
+    @property
+    def plan(self) -> StepPlan | None:
+        """Plan of the optimizer step that is being taken, for this rank."""
+        return self.steps.plan
 
     def evaluate(self, prompts: list[Prompt]) -> list[Group]:
         """On every rank: complete and reward held-out prompts; rank 0 does it."""
@@ -305,11 +277,6 @@ class RolloutDataModule(pl.LightningDataModule):
         with self.timeline.measure("evaluate", self.learner.steps_taken):
             groups = self.running_stream.sample(prompts, self.heldout_samples, self.sampling, "heldout")
         return [groups] * self.ranks.world_size  # type: ignore[union-attr]
-
-    def _progress(self, done: int, total: int) -> None:
-        assert self.trainer is not None
-        for callback in run_callbacks(self.trainer):
-            callback.on_generation_progress(self.trainer, done, total)
 
     def val_dataloader(self) -> HeldOutLoader:
         return HeldOutLoader(self.heldout_prompts, self.evaluate)
@@ -324,12 +291,28 @@ class RolloutDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch.to(device) if isinstance(batch, TrainingBatch) else batch.groups
 
+    def settle(self) -> None:
+        """On every rank: wait until the engine has finished, and the reward has scored, what was begun."""
+        self.controller.direct(self._settle)
+
+    def _settle(self) -> list[None]:
+        self.running_stream.settle()
+        return [None] * self.ranks.world_size  # type: ignore[union-attr]
+
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.stream is None else {"stream": self.stream.state_dict()}
+        if self.stream is None:
+            return {}
+        return {
+            "step": self.learner.steps_taken,
+            "stream": self.stream.state_dict(),
+            "rollout": self.steps.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.stream is not None and "stream" in state_dict:
-            self.stream.load_state_dict(state_dict["stream"])
+        if self.stream is None or "stream" not in state_dict:
+            return
+        self.stream.load_state_dict(state_dict["stream"], state_dict["step"])
+        self.steps.load_state_dict(state_dict["rollout"], {prompt.id: prompt for prompt in self.train_prompts})
 
     def close(self, error: BaseException | None = None) -> None:
         """Stop the engine, and leave the other ranks; with an error they are told of it."""

@@ -18,7 +18,11 @@ class RunCallback(pl.Callback):
     """Override what you need, Lightning's own hooks included."""
 
     def on_generation_progress(self, trainer: pl.Trainer, done: int, total: int) -> None:
-        """Called now and then while a rollout is generated: completions finished, and asked for."""
+        """Called on rank 0 now and then while a rollout is generated: completions finished, and asked for.
+
+        Raises:
+            StopWaiting: The rollout is not to be waited for.
+        """
 
     def on_rollout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
         """Called with every training rollout before its first optimizer step; groups have advantages and their step."""
@@ -37,8 +41,21 @@ class RunCallback(pl.Callback):
         A name must be in metrics.GLOSSARY.
         """
 
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an optimizer step is over: evaluated, logged, and the engine has its weights.
+
+        Between two steps the run has no loose ends, so this is the place to save it, on every rank.
+        """
+
+    def on_rollout_given_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called on every rank when rank 0 stopped waiting for a rollout, see ``StopWaiting``; no step has begun."""
+
     def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
         """Called with the rewarded completions of every held-out evaluation."""
+
+
+class StopWaiting(Exception):
+    """Raised by ``on_generation_progress``: the run ends, and does not wait for the rollout that is generated."""
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:

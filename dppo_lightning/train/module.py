@@ -304,8 +304,7 @@ class DPPOModule(EvaluationHooks):
         self._steps_of_weights = self.trainer.global_step
         plan = self.data.plan
         assert plan is not None
-        norm = gradient_norm_of_step(self.trainer)
-        if norm is not None:
+        if (norm := gradient_norm_of_step(self.trainer)) is not None:
             self.step_log.values["train/grad_norm"] = norm
         values = self.step_metrics.compute_and_reset() | self.step_log.values | plan.metrics
         values["time/train"] = self.step_log.seconds
@@ -316,6 +315,8 @@ class DPPOModule(EvaluationHooks):
             callback.on_step_values(self.trainer, self, values)
         log_step(self, values, self.step_log.step)
         self.step_log.clear()
+        for callback in run_callbacks(self.trainer):
+            callback.on_step_end(self.trainer, self)
 
     def ensure_synced(self) -> dict[str, float]:
         """Give the engine the policy's weights, unless it has them, and check it, see ``WeightPush``."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dppo_lightning.base.records import Completion, Prompt
 from dppo_lightning.generate import pool
 from dppo_lightning.generate.engine import Failed, Sampling
-from dppo_lightning.generate.pool import GroupFlight
+from dppo_lightning.generate.flight import GroupFlight
 from dppo_lightning.generate.schedule import Schedule, Selection, Streaming, Window
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import RolloutStream

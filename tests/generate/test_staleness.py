@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.base.errors import ConfigError, EngineError, RewardError, SyncError
-from dppo_lightning.base.records import Completion
+from dppo_lightning.base.records import Completion, Prompt
 from dppo_lightning.generate.engine import EngineSpec, Failed, Request, Sampling
+from dppo_lightning.generate.flight import GroupFlight
 from dppo_lightning.generate.schedule import Schedule, Selection, Streaming
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import Rollout, RolloutStream
@@ -297,7 +298,7 @@ def test_groups_in_flight_are_begun_again_after_an_interruption(begin: Any) -> N
     first.stream.next_rollout(0)
     before, state = begun(first), first.stream.state_dict()
     second = begin([5.0], streaming=Streaming(2))
-    second.stream.load_state_dict(state)
+    second.stream.load_state_dict(state, 1)
     give_weights(second.stream, 1)
     second.stream.generate(next(second.stream.schedule.upcoming(1)))
     assert before
@@ -305,9 +306,10 @@ def test_groups_in_flight_are_begun_again_after_an_interruption(begin: Any) -> N
 
 
 def test_a_checkpoint_of_other_prompts_is_refused(begin: Any) -> None:
-    state = begin().stream.state_dict() | {"begun": [(0, "train/99")]}
+    flight = GroupFlight(0, Prompt("train/99", (1,), "?"), rollout=0)
+    state = begin().stream.state_dict() | {"flights": [flight.state_dict()]}
     with pytest.raises(ConfigError, match=r"other prompts: 'train/99' is not among data\.prompts"):
-        begin().stream.load_state_dict(state)
+        begin().stream.load_state_dict(state, 0)
 
 
 def test_a_reward_that_takes_long_does_not_stop_generation(begin: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dppo_lightning.base.errors import ConfigError, EngineError, RewardError
 from dppo_lightning.base.records import Group, Prompt
 from dppo_lightning.generate.engine import Request, Sampling
-from dppo_lightning.generate.pool import derive_seed
+from dppo_lightning.generate.flight import derive_seed
 from dppo_lightning.generate.schedule import Schedule
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import Rollout, RolloutStream
@@ -327,5 +327,5 @@ def test_a_restored_stream_goes_on_as_the_first_would_have(stream_of: Any, done:
     state = first.state_dict()
     rest = [contents(take(first, step).groups) for step in range(done, 5)]
     second = stream_of(prompts=prompts)
-    second.load_state_dict(state)
+    second.load_state_dict(state, done)
     assert [contents(take(second, step).groups) for step in range(done, 5)] == rest
