@@ -39,8 +39,18 @@ class RankError(DPPOError, RuntimeError):
     """Something went wrong on one of several ranks; the same line on all of them names the rank and the cause."""
 
 
-class Requeued(Exception):
-    """The run is saved and its job is queued again: this process has nothing more to do, and nothing went wrong."""
+class Stopped(BaseException):
+    """The run has ended early, in good order; no Exception, so that nothing takes it for a fault and goes on.
+
+    Attributes:
+        exit_code: Exit code of the process.
+        on_every_rank: Whether every rank raises it, so that none has to be told.
+    """
+
+    def __init__(self, message: str, exit_code: int, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.on_every_rank = on_every_rank
 
 
 def one_line(error: BaseException, typed: bool = False) -> str:

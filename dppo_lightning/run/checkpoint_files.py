@@ -1,4 +1,7 @@
-"""Read the weights of a checkpoint on disk, whichever strategy wrote it; this needs no process group and no GPU."""
+"""Checkpoints as files: CheckpointFiles writes and reads them for the trainer; ``read_weights`` needs no trainer.
+
+Whatever strategy wrote a checkpoint, its weights can be read without a process group and without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,47 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from dppo_lightning.base.errors import ConfigError, DataError, require
+from dppo_lightning.base.errors import ConfigError, DataError, one_line, require
 from dppo_lightning.scaling.resume import TAG
 
 
-def find_checkpoint(run: Path, name: str) -> Path:
-    """Find a checkpoint of a run.
+class CheckpointFiles(CheckpointIO):
+    """Write and read checkpoints that are one file: straight to their folder, and without running code on the way in.
 
-    Args:
-        run: Run directory.
-        name: "last", or the name of a file in the run's ``checkpoints``, with or without ".ckpt", or a path.
-
-    Raises:
-        ConfigError: There is no such checkpoint.
+    Lightning's own holds a second copy in memory, and writes through the system's folder of temporary files.
     """
-    folder = run / "checkpoints"
-    for path in (folder / f"{name}.ckpt", folder / name, Path(name)):
-        if path.exists() and name:
-            return path
-    found = sorted(path.name for path in folder.glob("*.ckpt"))
-    there = f"there are {', '.join(found)}" if found else "it has none"
-    raise ConfigError(f"no checkpoint {name!r} in {folder}: {there}; set --checkpoint to one of them or to a path")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        torch.save(checkpoint, path)
+        try:  # only what is read is read: a state that could not be loaded is found now, not when the run is to go on
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except UnpicklingError as error:
+            raise ConfigError(
+                f"a checkpoint of this run could not be loaded again ({one_line(error)}): a state_dict of yours must "
+                "hold plain values and tensors only"
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU.
+
+        Raises:
+            DataError: It is damaged, or holds more than plain values and tensors.
+        """
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+            raise DataError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -47,7 +66,7 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """
     try:
         if checkpoint.is_file():
-            found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+            found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
         elif (checkpoint / ".metadata").is_file():
             found = _read_distributed(checkpoint)
         elif list(checkpoint.glob("*/*_model_states.pt")):
@@ -70,7 +89,7 @@ def _read_deepspeed(checkpoint: Path) -> Mapping[str, Tensor]:
     latest = checkpoint / "latest"
     tag = TAG if (checkpoint / TAG).is_dir() else latest.read_text().strip()
     whole = checkpoint / tag / "mp_rank_00_model_states.pt"  # stage 3 writes no such file
-    model = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"] if whole.is_file() else {}
+    model = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)["module"] if whole.is_file() else {}
     if model and not list((checkpoint / tag).glob("*_optim_states.pt")):  # stage 0
         return model
     conversion = require("deepspeed.utils.zero_to_fp32", extra="deepspeed")

@@ -12,33 +12,27 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import transformers
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from dppo_lightning.base.errors import ConfigError, DPPOError, Requeued
+from dppo_lightning.base.errors import ConfigError, DPPOError, Stopped
 from dppo_lightning.generate import RolloutEngine, TransformersEngine, VLLMEmbedded, VLLMRemote
+from dppo_lightning.run.callbacks.checkpoint import Checkpoint, identity
 from dppo_lightning.run.callbacks.curves import Curves
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
 from dppo_lightning.run.callbacks.profile import Profile
-from dppo_lightning.run.callbacks.record import (
-    CompletionLog,
-    MetricsFile,
-    RunRecord,
-    TimelineLog,
-    check_unused,
-    discard_unless_begun,
-)
+from dppo_lightning.run.callbacks.record import CompletionLog, RunRecord, TimelineLog
 from dppo_lightning.run.callbacks.screen import RunProgressBar, StartTable, Summary
+from dppo_lightning.run.callbacks.stop import StopOnSignal
 from dppo_lightning.run.callbacks.utilisation import Utilisation
 from dppo_lightning.run.commands import (
     GeneratingTrainer,
@@ -50,8 +44,12 @@ from dppo_lightning.run.commands import (
     slurm_parser,
 )
 from dppo_lightning.run.doctor.command import doctor_parser, run_doctor
+from dppo_lightning.run.metrics_file import MetricsFile
 from dppo_lightning.run.parsing import OneLineParser
-from dppo_lightning.run.slurm.job import SlurmRun, checkpoint_to_continue, default_run_dir
+from dppo_lightning.run.place import RUN_DIR, claim, find_checkpoint, folder_of_evaluation, is_rank_zero
+from dppo_lightning.run.resume import check_changes, check_note, read_settings, split_resume, words_of_resume
+from dppo_lightning.run.run_directory import RunDirectory
+from dppo_lightning.run.slurm.job import SlurmRun, default_run_dir, started_again
 from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.train.datamodule import RolloutDataModule
 from dppo_lightning.train.module import DPPOModule
@@ -60,10 +58,6 @@ log = logging.getLogger(__name__)
 
 ENGINES: tuple[type[RolloutEngine], ...] = (VLLMEmbedded, VLLMRemote, TransformersEngine)
 """Engines that a recipe may name without their module: jsonargparse knows only classes that are imported."""
-
-STARTED = os.environ.setdefault("DPPO_STARTED", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-"""Time of the start; in the environment, so that the ranks that Lightning starts have the same run directory."""
-DEFAULT_RUN_DIR = default_run_dir(os.environ) or f"runs/{STARTED}"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "devices": 1,
@@ -83,6 +77,22 @@ class DPPOCommandLine(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.slurm = SlurmRun(os.environ)
+        self.stop = StopOnSignal()
+        self.resumed: RunDirectory | None = None  # the run that ``--resume`` names
+        if args[:1] == ["fit"]:
+            named, rest = split_resume(args[1:])
+            self.resumed = None if named is None else RunDirectory(named)
+            args = ["fit", *(rest if self.resumed is None else words_of_resume(self.resumed, rest))]
+        self.claimed: RunDirectory | None = None
+        try:
+            self._run(args)
+        finally:
+            self.stop.forget()
+            os.environ.pop(RUN_DIR, None)
+            if self.claimed is not None:
+                self.claimed.release()
+
+    def _run(self, args: list[str]) -> None:
         super().__init__(
             DPPOModule,
             RolloutDataModule,
@@ -112,36 +122,53 @@ class DPPOCommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that Lightning does not have."""
-        parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Folder of the run's record.")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of the run's record; null: a new one in runs/."
+        )
         parser.add_argument(
             "--profile", type=int, default=0, help="Optimizer steps to trace, after two others; 0: none."
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_last": "link"})
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
 
     def before_instantiate_classes(self) -> None:
-        """Check the job and the run directory before anything slow begins."""
+        """Check the job, and claim the run directory or find the checkpoint, before anything slow begins."""
         if self.subcommand != "generate":
             self.slurm.check(self._get(self.config, "trainer"))
-        if self.subcommand == "fit" and self._resumed_from() is None:
-            check_unused(Path(self._get(self.config, "run_dir")))
+        if self.subcommand == "fit":
+            self.stop.listen()
+            self._claim()
+        else:
+            self._look_up()
 
-    def _resumed_from(self) -> str | None:
-        """Path of the checkpoint that ``fit`` goes on from: ``ckpt_path``, or the newest of a job that was requeued."""
-        chosen = self._get(self.config, "ckpt_path")
-        if chosen is not None:
-            return chosen
-        saved = checkpoint_to_continue(os.environ, Path(self._get(self.config, "run_dir")))
-        return None if saved is None else str(saved)
+    def _claim(self) -> None:
+        named = self._get(self.config, "run_dir") or default_run_dir(os.environ)
+        if self.resumed is not None:
+            settings = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_validation=True)
+            for line in check_changes(read_settings(self.resumed.path / "config.yaml"), yaml.safe_load(settings)):
+                log.info(f"changed: {line}")
+        goes_on = self.resumed is not None or started_again(os.environ)
+        self.claimed, checkpoint = claim(named, self._get(self.config, "ckpt_path"), goes_on)
+        self._record_in(str(self.claimed.path), None if checkpoint is None else str(checkpoint))
+
+    def _look_up(self) -> None:
+        """For ``validate``, ``test`` and ``generate``: find the checkpoint, and a folder for what is recorded."""
+        named, chosen = self._get(self.config, "run_dir"), self._get(self.config, "ckpt_path")
+        checkpoint = find_checkpoint(named, chosen)
+        folder = named if self.subcommand == "generate" else folder_of_evaluation(named)
+        self._record_in(folder, checkpoint)
+
+    def _record_in(self, folder: str | None, checkpoint: str | None) -> None:
+        config = self.config[str(self.subcommand)]
+        config["run_dir"], config["trainer.default_root_dir"], config["ckpt_path"] = folder, folder, checkpoint
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # without this a job that SLURM has started again would begin its run from the start
+        # the first place where the module is there and Lightning has not begun: the engine starts next
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        if subcommand == "fit" and arguments.get("ckpt_path") is None and (found := self._resumed_from()) is not None:
-            log.info(f"SLURM has started this job again: the run goes on from {found}")
-            arguments["ckpt_path"] = found
+        if subcommand == "fit" and arguments.get("ckpt_path") is not None:
+            settings = identity(self.model, self.datamodule)
+            check_note(Path(arguments["ckpt_path"]), settings, self.trainer.max_steps)
         return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -150,8 +177,8 @@ class DPPOCommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except DPPOError:
-            if subcommand == "fit" and self._resumed_from() is None:
-                discard_unless_begun(Path(self._get(self.config, "run_dir")))
+            if subcommand == "fit" and self.resumed is None and self.claimed is not None and is_rank_zero():
+                self.claimed.discard_unless_begun()
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -164,7 +191,7 @@ class DPPOCommandLine(LightningCLI):
         configured = config.get("logger")
         more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
         loggers = [
-            MetricsFile(run_dir, name="", version="", flush_logs_every_n_steps=1),
+            MetricsFile(run_dir),
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             *more,
         ]
@@ -174,7 +201,7 @@ class DPPOCommandLine(LightningCLI):
         traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
         callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
         if self.subcommand == "fit":
-            callbacks += self.slurm.callbacks(callbacks)
+            callbacks += [*self.slurm.callbacks(callbacks), self.stop]
         plugins = self.slurm.plugins(config.get("plugins"))
         try:
             return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
@@ -259,8 +286,10 @@ def main(args: list[str] | None = None) -> None:
                 COMMANDS[arguments[0]].run(arguments[1:])
             else:
                 DPPOCommandLine(arguments)
-    except Requeued as stop:
+    except Stopped as stop:
         print(stop, flush=True)
+        if stop.exit_code:
+            sys.exit(stop.exit_code)
     except Exception as error:
         mistake = find_mistake(error)
         if mistake is None:

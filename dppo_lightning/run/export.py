@@ -17,8 +17,9 @@ from transformers.utils import cached_file
 
 from dppo_lightning.base.errors import ConfigError, DataError
 from dppo_lightning.base.pretrained import load_config, load_tokenizer
-from dppo_lightning.run.checkpoint_files import find_checkpoint, read_weights
+from dppo_lightning.run.checkpoint_files import read_weights
 from dppo_lightning.run.prepare import check_free, scratch_folder
+from dppo_lightning.run.run_directory import RunDirectory
 from dppo_lightning.train.lora import LoRA, adapt, adapter_weights, merged_weights, peft_config
 
 PREFIX = "policy.model."
@@ -86,7 +87,7 @@ def export(
     trained = Trained.read(source)
     if adapter and trained.lora is None:
         raise ConfigError(f"{run} trained the model itself, not adapters: leave out --adapter")
-    path = find_checkpoint(source, checkpoint)
+    path = RunDirectory(source).resolve(checkpoint)
     model = assign_weights(empty_model(trained), read_weights(path), path)
     with scratch_folder(target) as scratch:
         written = Path(scratch) / "model"

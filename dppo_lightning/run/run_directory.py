@@ -14,22 +14,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dppo_lightning.base.errors import ConfigError, DataError, one_line
+from dppo_lightning.run.metrics_file import METRICS, cut_rows
+from dppo_lightning.run.whole_files import UNFINISHED, remove, sync, write_text
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run directory."""
 LAST, BEST = "last.ckpt", "best.ckpt"
 """Names of the links to a checkpoint, in that folder."""
-UNFINISHED = ".unfinished-"
-"""Prefix of what is being written; whatever has it after a kill is garbage."""
+LOGS = ("*.jsonl", "timeline.json", "tensorboard/**/*")
+"""Patterns of the files that only grow."""
+FORMAT = 1
+"""Number of the format of a note, and so of a checkpoint: a newer one is refused."""
 KEPT = (".lock", "before", "logs")
 """What ``set_aside`` leaves in its place."""
 _STEP = re.compile(r"step=(\d+)\.ckpt")
@@ -79,7 +82,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-            (self.path / ".lock").unlink(missing_ok=True)
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
@@ -115,6 +117,84 @@ class RunDirectory:
         there = f"there are {', '.join(found)}" if found else "it has none"
         raise ConfigError(f"no checkpoint {name!r} in {self.checkpoints}: {there}; name one of them, or a path")
 
+    def checkpoint_of(self, step: int) -> Path:
+        """Path of the checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step={step}.ckpt"
+
+    def note(self, checkpoint: Path) -> dict[str, Any]:
+        """Read what was noted of a checkpoint of this run: see ``write_note``; nothing where there is no note."""
+        try:
+            found = json.loads(_note_of(checkpoint.resolve()).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write_note(self, step: int, values: dict[str, Any]) -> None:
+        """Note, beside the checkpoint of ``step``, how long the logs are, and further plain values."""
+        note = {"format": FORMAT, "step": step, "logs": self._log_lengths()} | values
+        write_text(_note_of(self.checkpoint_of(step)), json.dumps(note, indent=1) + "\n")
+
+    def cut_back(self, checkpoint: Path | None) -> None:
+        """Cut every log back to where it was when the checkpoint was written; remove checkpoints of later steps.
+
+        A log is a file that only grows; ``metrics.csv`` is written anew when a metric appears, so its rows are counted.
+
+        Raises:
+            DataError: A log has lost lines since.
+        """
+        if checkpoint is None:
+            return
+        note = self.note(checkpoint)
+        if "logs" not in note:
+            raise DataError(f"{_note_of(checkpoint)} is missing or damaged: it says how long the logs were")
+        for log in self._logs():
+            name = str(log.relative_to(self.path))
+            length = note["logs"].get(name)
+            if length is None:
+                log.unlink()
+            elif log.stat().st_size < length:
+                raise DataError(
+                    f"{log} has lost lines since {checkpoint.name} was written: it has {log.stat().st_size} bytes and "
+                    f"had {length}: restore it, or start a new run"
+                )
+            else:
+                os.truncate(log, length)
+        cut_rows(self.path / METRICS, note.get("rows", 0))
+        for path in self.checkpoints.glob("step=*.ckpt"):
+            if step_of(path) > note["step"]:
+                self._remove_checkpoint(path)
+
+    def _log_lengths(self) -> dict[str, int]:
+        return {str(log.relative_to(self.path)): log.stat().st_size for log in self._logs()}
+
+    def _logs(self) -> list[Path]:
+        found = [log for pattern in LOGS for log in sorted(self.path.glob(pattern))]
+        return [log for log in found if log.is_file()]
+
+    def point(self, name: str, checkpoint: Path) -> None:
+        """Make ``last.ckpt`` or ``best.ckpt`` a link to a checkpoint; at no moment is it missing."""
+        link = self.checkpoints / name
+        fresh = link.with_name(UNFINISHED + name)
+        remove(fresh)
+        fresh.symlink_to(checkpoint.name)
+        os.replace(fresh, link)
+        sync(link.parent)
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the ``keep`` newest and those that a link points to."""
+        linked = {(self.checkpoints / name).resolve() for name in (LAST, BEST)}
+        newest = sorted(self.checkpoints.glob("step=*.ckpt"), key=step_of)
+        for path in newest[:-keep]:
+            if path.resolve() not in linked:
+                self._remove_checkpoint(path)
+
+    def _remove_checkpoint(self, path: Path) -> None:
+        for link in (self.checkpoints / LAST, self.checkpoints / BEST):
+            if link.is_symlink() and link.resolve() == path.resolve():
+                link.unlink()
+        remove(path)
+        remove(_note_of(path))
+
     def set_aside(self) -> Path | None:
         """Move the files of a session that left no checkpoint into ``before/<n>``; the folder, if there were any."""
         files = [path for path in self.path.iterdir() if path.name not in KEPT] if self.path.is_dir() else []
@@ -127,16 +207,20 @@ class RunDirectory:
             os.rename(path, target / path.name)
         return target
 
+    def discard_unless_begun(self) -> None:
+        """Remove the files of a run that failed before its first completion, so that the folder can be used again."""
+        if any((self.path / name).exists() for name in ("completions.jsonl", "heldout.jsonl", CHECKPOINTS)):
+            return
+        for name in ("config.yaml", "run.json", "start.txt", METRICS, "sessions", "tensorboard", ".lock"):
+            remove(self.path / name)
+        self.release()
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def remove_unfinished(self) -> None:
         """Remove what a process was writing when it was killed; only for the one that holds the lock."""
         for folder in (self.path, self.checkpoints, self.path / "sessions"):
             for path in folder.glob(f"{UNFINISHED}*"):
-                remove(path)
-
-    def remove_checkpoints_after(self, step: int) -> None:
-        """Remove checkpoints of more than ``step`` steps: the run goes on from ``step``, so they are of no run."""
-        for path in self.checkpoints.glob("step=*.ckpt"):
-            if step_of(path) > step:
                 remove(path)
 
 
@@ -146,131 +230,17 @@ def step_of(checkpoint: Path) -> int:
     return -1 if found is None else int(found[1])
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Write a file or a folder that appears under its name only when it is whole and on the disk.
-
-    Yields:
-        Path to write to, in the same folder; it is removed if an error is raised.
-
-    Raises:
-        DataError: There is no room, or the folder cannot be written to.
-    """
-    unfinished = path.with_name(UNFINISHED + path.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(unfinished)
-        yield unfinished
-        bring_to_disk(unfinished)
-        replace(unfinished, path)
-    except BaseException as error:
-        remove(unfinished)
-        if not _is_disk_error(error):
-            raise
-        raise DataError(f"{path} could not be written ({one_line(error)}): make room and go on") from (error)
+def _note_of(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".json")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file, whole or not at all."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; what had that name is removed after, so that no moment lacks both."""
-    old = target.with_name(f"{UNFINISHED}old-{target.name}")
-    if target.is_dir() and not target.is_symlink():  # a folder cannot be replaced by a rename
-        os.rename(target, old)
-    os.replace(source, target)
-    remove(old)
-    _sync(target.parent)
-
-
-def point(link: Path, target: Path) -> None:
-    """Make ``link`` a link to ``target``, in the same folder; no moment lacks it."""
-    fresh = link.with_name(UNFINISHED + link.name)
-    remove(fresh)
-    fresh.symlink_to(target.name)
-    os.replace(fresh, link)
-    _sync(link.parent)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def bring_to_disk(path: Path) -> None:
-    """Have the system write a file, or all files of a folder, to the disk."""
-    for found in [*path.rglob("*"), path]:
-        _sync(found)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_disk_error(error: BaseException) -> bool:
-    """Whether the disk is to blame; torch reports a full one as a RuntimeError of its own."""
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
-
-
-class LogMarks:
-    """How long each log of a run is, so that a run that goes on from a checkpoint can cut them back to it.
-
-    A log is a file that only grows. ``metrics.csv`` is written anew when a metric appears, so its length is counted in
-    rows, by its own logger.
-
-    Args:
-        path: Run directory.
-    """
-
-    PATTERNS = ("*.jsonl", "timeline.json", "tensorboard/**/*")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def take(self) -> dict[str, int]:
-        """Length of each log in bytes, by its path in the run directory."""
-        return {str(log.relative_to(self.path)): log.stat().st_size for log in self._logs()}
-
-    def cut_back(self, lengths: dict[str, int]) -> None:
-        """Cut every log to its length; a log that was not there then is removed.
-
-        Raises:
-            DataError: A log is shorter than it was: someone has changed it.
-        """
-        for log in self._logs():
-            name = str(log.relative_to(self.path))
-            if name not in lengths:
-                log.unlink()
-            elif log.stat().st_size < lengths[name]:
-                raise DataError(
-                    f"{log} has lost lines since the checkpoint was written ({log.stat().st_size} bytes of "
-                    f"{lengths[name]}): restore it, or move it away"
-                )
-            else:
-                os.truncate(log, lengths[name])
-
-    def _logs(self) -> list[Path]:
-        found = [log for pattern in self.PATTERNS for log in sorted(self.path.glob(pattern))]
-        return [log for log in found if log.is_file()]
-
-
-def fresh(path_of: Callable[[int], Path]) -> Path:
-    """Make the first folder of ``path_of(1), path_of(2), …`` that does not exist; two processes never get the same."""
-    number = 1
-    while True:
-        path = path_of(number)
+def new_run_dir(parent: Path) -> RunDirectory:
+    """Make a folder named by the present time; two processes never get the same one."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for number in count(2):
         try:
-            path.mkdir(parents=True)
-            return path
+            (parent / name).mkdir(parents=True)
+            return RunDirectory(parent / name)
         except FileExistsError:
-            number += 1
+            name = f"{name.partition('+')[0]}+{number}"
+    raise AssertionError

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from dppo_lightning.base.errors import ConfigError, RankError, Requeued
+from dppo_lightning.base.errors import ConfigError, RankError, Stopped
 from dppo_lightning.scaling.heartbeat import INTERVAL, Heartbeat
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class Ranks:
             dist.barrier(group=self._group)
             heartbeat.stop()
         else:
-            known = self._error_is_known or isinstance(error, Requeued)
+            known = self._error_is_known or (isinstance(error, Stopped) and error.on_every_rank)
             heartbeat.stop(None if known else _rank_line(self.rank, error))
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+
 from dppo_lightning.base.errors import DataError
 
 
@@ -28,6 +30,40 @@ def recount_batches(checkpoint: dict[str, Any], accumulate_grad_batches: int) ->
     shift = checkpoint["global_step"] * accumulate_grad_batches - counts["ready"]
     for name in counts:  # they differ by one where the checkpoint was written inside a hook
         counts[name] += shift
+
+
+def optimizer_settings(trainer: pl.Trainer) -> list[dict[str, float]]:
+    """Learning rate, before any schedule, and weight decay of each group of parameters, as they are now."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [
+        {"lr": float(group.get("initial_lr", group["lr"])), "weight_decay": float(group.get("weight_decay", 0.0))}
+        for group in groups
+    ]
+
+
+def apply_optimizer_settings(trainer: pl.Trainer, settings: list[dict[str, float]]) -> None:
+    """Give the optimizers the settings of this session's configuration, in place of those of a checkpoint.
+
+    A schedule goes on where it was: the present learning rate is scaled as its base is.
+
+    Args:
+        trainer: Trainer whose optimizers are restored.
+        settings: Result of ``optimizer_settings`` before they were.
+    """
+    loaded = optimizer_settings(trainer)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for place, (group, old, new) in enumerate(zip(groups, loaded, settings, strict=True)):
+        if old["weight_decay"] != new["weight_decay"]:
+            group["weight_decay"] = new["weight_decay"]
+        if old["lr"] == new["lr"]:
+            continue
+        scale = new["lr"] / old["lr"] if old["lr"] else 1.0
+        group["lr"] = group["lr"] * scale
+        group["initial_lr"] = new["lr"]
+        for schedule in schedules:
+            schedule.base_lrs[place] = new["lr"]
+            schedule._last_lr[place] = group["lr"]
 
 
 TAG = "checkpoint"

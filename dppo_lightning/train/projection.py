@@ -56,6 +56,17 @@ class Projection(nn.Module):
         self.rollout_weight = full_copy(self.weight).to(self.product_dtype)
         self.rollout_bias = None if self.bias is None else full_copy(self.bias)
 
+    def rollout_state(self) -> dict[str, Tensor | None]:
+        """Return the copies that ``remember_rollout`` keeps, for a checkpoint within a rollout."""
+        return {"weight": self.rollout_weight, "bias": self.rollout_bias}
+
+    def restore_rollout(self, state: dict[str, Tensor | None]) -> None:
+        """Take up copies that ``rollout_state`` returned."""
+        device = self.weight.device
+        self.rollout_weight, self.rollout_bias = (
+            None if copy is None else copy.to(device) for copy in (state["weight"], state["bias"])
+        )
+
     def logp(self, hidden: Float[Tensor, "N H"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Float32 log-probs of the targets, without gradient."""
         logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)

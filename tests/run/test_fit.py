@@ -53,7 +53,7 @@ def test_a_run_records_what_it_did(config: Config, tmp_path: Path, capsys: pytes
     assert staleness == [0, 1]
     assert len([row for row in rows if row["heldout/reward"]]) == 2
 
-    record = json.loads((folder / "run.json").read_text())
+    (record,) = json.loads((folder / "run.json").read_text())["sessions"]
     assert record["trust_region"]["region"] == "BinaryTV"
     assert record["versions"]["torch"] == torch.__version__
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["samples_per_prompt"] == 4
@@ -111,7 +111,7 @@ def test_several_configs_combine_and_the_last_one_wins(config: Config, tmp_path:
     more = tmp_path / "more.yaml"
     more.write_text(yaml.safe_dump({"model": {"trust_region": {"class_path": "PPOClip"}}, "trainer": {"max_steps": 1}}))
     run("fit", config, tmp_path, "--config", str(more))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["trust_region"]["region"] == "PPOClip"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["sessions"][0]["trust_region"]["region"] == "PPOClip"
     assert {row["step"] for row in read_jsonl(tmp_path / "run" / "heldout.jsonl")} == {0, 1}
 
 

@@ -101,7 +101,7 @@ def test_every_region_trains_by_configuration_and_the_start_table_names_it(
     expected = ",".join(f"{key}={value.replace(' ', '')}" for key, value in thresholds.items())
     assert table["trust region"] == f"{name}({expected})"
     assert table["anchor"] == f"{described['anchor']} policy".replace(" ", "")
-    assert json.loads((run / "run.json").read_text())["trust_region"] == described
+    assert json.loads((run / "run.json").read_text())["sessions"][0]["trust_region"] == described
 
     logged = steps(run)
     assert [row["train/staleness"] for row in logged] == [0, 1, 0]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import csv
+import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
+
+from dppo_lightning.base.errors import one_line
+from dppo_lightning.run.metrics_file import read_rows
+
+log = logging.getLogger(__name__)
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("train/reward", "heldout/reward")),
@@ -25,7 +30,10 @@ class Curves(pl.Callback):
         self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._draw(trainer)
+        try:
+            self._draw(trainer)
+        except (OSError, ValueError) as error:  # a full disk, say: what ends the run is to be heard, not this
+            log.warning(f"curves.png could not be drawn: {one_line(error)}")
 
     def _draw(self, trainer: pl.Trainer) -> None:
         run = Path(trainer.default_root_dir)
@@ -36,11 +44,10 @@ class Curves(pl.Callback):
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Read a run's metrics.csv into {name: [(optimizer step, value), ...]}."""
     series: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value:
-                    series.setdefault(name, []).append((int(row["step"]), float(value)))
+    for row in read_rows(path):
+        for name, value in row.items():
+            if name != "step" and value:
+                series.setdefault(name, []).append((int(row["step"]), float(value)))
     return series
 
 

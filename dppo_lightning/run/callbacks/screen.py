@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -72,17 +73,30 @@ class RunProgressBar(TQDMProgressBar, RunCallback):
 
 
 class Summary(RunCallback):
-    """Print held-out reward and accuracy before and after training, the time taken, and the run directory."""
+    """Print held-out reward and accuracy before and after training, the time taken, and the run directory.
+
+    The numbers are of the whole run, also of one that went on from a checkpoint.
+    """
 
     def __init__(self) -> None:
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, float]] = []  # the first and the last
+        self.started = time.perf_counter()
+        self.earlier = 0.0  # seconds of the sessions before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Evaluations before and after, and seconds of training so far."""
+        return {"evaluations": self.evaluations, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.evaluations, self.earlier = state_dict["evaluations"], state_dict["seconds"]
         self.started = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = time.perf_counter()
 
     def on_heldout(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: list[Group]) -> None:
-        self.evaluations.append(heldout_metrics(groups, trainer.datamodule.solved_at))  # type: ignore[attr-defined]
+        metrics = heldout_metrics(groups, trainer.datamodule.solved_at)  # type: ignore[attr-defined]
+        self.evaluations = [*self.evaluations[:1], metrics]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -90,12 +104,14 @@ class Summary(RunCallback):
 
     def lines(self, trainer: pl.Trainer) -> list[str]:
         """Three lines: held-out results, time, run directory."""
-        seconds = time.perf_counter() - self.started
         return [
             self._heldout(),
-            f"time: {seconds:.0f} s for {trainer.global_step} steps",
+            f"time: {self._seconds():.0f} s for {trainer.global_step} steps",
             f"run: {Path(trainer.default_root_dir)} (curves.png, metrics.csv, completions.jsonl, checkpoints/)",
         ]
+
+    def _seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.started
 
     def _heldout(self) -> str:
         if not self.evaluations:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -16,29 +15,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
-from dppo_lightning.base.errors import ConfigError, Requeued
+from dppo_lightning.base.errors import ConfigError, Stopped
+from dppo_lightning.run.callbacks.stop import SavedStop
 from dppo_lightning.run.slurm.check import check_slurm, started_by_srun, under_slurm
-from dppo_lightning.train.hooks import ends_step
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "requeue.ckpt"
-"""Name of the checkpoint in the run directory."""
 SIGNAL = signal.SIGUSR1
 """Signal that SLURM sends some time before the limit, see ``#SBATCH --signal`` in script.py."""
 
 
-class Requeue(pl.Callback):
-    """On SIGUSR1: finish the optimizer step, save ``requeue.ckpt`` in the run directory, queue the job again, stop.
+class Requeue(SavedStop):
+    """On SIGUSR1: finish the optimizer step, save a checkpoint, queue the job again, stop with exit code 0.
 
     Lightning's own requeueing saves inside the step that is running and loses a batch (its issue 21406), so this one
     goes with ``SLURMEnvironment(auto_requeue=False)``. The signal only sets a flag; the ranks agree on it after every
-    optimizer step, since it reaches them at different times. The run stops by raising ``Requeued``, for which the
-    command line exits with code 0.
+    optimizer step, since it reaches them at different times. A rollout that is being generated is not waited for.
     """
 
     def __init__(self) -> None:
-        self.saved: Path | None = None
         self._signalled = False
 
     def listen(self) -> None:
@@ -46,14 +41,13 @@ class Requeue(pl.Callback):
         signal.signal(SIGNAL, self._on_signal)
         # SLURM may signal every process of the job. The engine has no handler and would die of the signal, but it
         # inherits the mask that is set here. Where no other thread of ours takes the signal, it stays pending until
-        # ``signalled`` looks.
+        # ``requested`` looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signalled = True
 
-    def signalled(self) -> bool:
-        """Whether this process has received the signal."""
+    def requested(self) -> bool:
         if SIGNAL in signal.sigpending():
             signal.sigwait({SIGNAL})
             self._signalled = True
@@ -63,44 +57,12 @@ class Requeue(pl.Callback):
         if stage == "fit":
             self.listen()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not ends_step(trainer, batch_idx) or trainer.global_step >= trainer.max_steps:
-            return
-        if trainer.strategy.reduce_boolean_decision(self.signalled(), all=False):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to a job that it queues again
-            self.saved = save_whole(trainer, Path(trainer.default_root_dir) / CHECKPOINT)
-            trainer.limit_val_batches = 0  # an uninterrupted run has no held-out evaluation here
-            trainer.should_stop = True  # the module still logs this step
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave(trainer)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._leave(trainer)  # with trainer.min_steps the run would go on in spite of ``should_stop``
-
-    def _leave(self, trainer: pl.Trainer) -> None:
-        if self.saved is None:
-            return
-        where = f"saved after step {trainer.global_step} in {self.saved}"
+    def leave(self, trainer: pl.Trainer, saved: Path) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to a job that it queues again
+        where = f"saved after step {trainer.global_step} in {saved}"
         if trainer.is_global_zero:
             requeue(os.environ, where)
-        raise Requeued(f"{where}; job {os.environ.get('SLURM_JOB_ID')} is queued again")
-
-
-def save_whole(trainer: pl.Trainer, path: Path) -> Path:
-    """Save a checkpoint that appears at ``path`` only when it is whole; every rank must call. Returns ``path``."""
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    trainer.save_checkpoint(unfinished)
-    if trainer.is_global_zero:
-        if path.is_dir():  # sharded strategies write folders
-            shutil.rmtree(path)
-        os.replace(unfinished, path)
-    trainer.strategy.barrier("requeue")
-    return path
+        raise Stopped(f"{where}; job {os.environ.get('SLURM_JOB_ID')} is queued again", 0, on_every_rank=True)
 
 
 def requeue(environ: Mapping[str, str], saved: str) -> None:
@@ -122,22 +84,13 @@ def requeue(environ: Mapping[str, str], saved: str) -> None:
     if reason is not None:
         raise ConfigError(
             f"{saved}, but `{' '.join(command)}` failed ({reason}): submit with #SBATCH --requeue, "
-            "or submit again with --ckpt_path"
+            "or submit again with --resume"
         )
 
 
-def checkpoint_to_continue(environ: Mapping[str, str], run_dir: Path) -> Path | None:
-    """Path of the checkpoint that a job started again by SLURM goes on from; None in a job's first start.
-
-    It is the newest of the run's ``requeue.ckpt`` and ``checkpoints/last.ckpt``.
-    """
-    if int(environ.get("SLURM_RESTART_COUNT") or 0) < 1:
-        return None
-    there = [path for path in (run_dir / CHECKPOINT, run_dir / "checkpoints" / "last.ckpt") if path.exists()]
-    return max(there, key=lambda path: path.stat().st_mtime, default=None)
-
-
-log = logging.getLogger(__name__)
+def started_again(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM has started this job before."""
+    return int(environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 class SlurmRun:
