@@ -27,7 +27,8 @@ class CheckpointFiles(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        torch.save(checkpoint, path)
+        with open(path, "wb") as file:  # given the path, torch's own writer hides why a disk refuses
+            torch.save(checkpoint, file)
         try:  # only what is read is read: a state that could not be loaded is found now, not when the run is to go on
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except UnpicklingError as error:

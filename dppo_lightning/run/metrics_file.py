@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dppo_lightning.run.whole_files import write_text
+from dppo_lightning.run.whole_files import append_text, write_text
 
 METRICS = "metrics.csv"
 """Name of the file of metrics."""
@@ -66,8 +66,7 @@ class MetricsFile(Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, csv_text(self._columns, [*earlier, row], header=True))
         else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(csv_text(self._columns, [row]))
+            append_text(self.path, csv_text(self._columns, [row]))
         self.rows += 1
 
 

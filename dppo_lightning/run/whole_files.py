@@ -12,6 +12,8 @@ from dppo_lightning.base.errors import DataError, one_line
 
 UNFINISHED = ".unfinished-"
 """Prefix of what is being written; whatever has it after a kill is garbage."""
+TORCH_CANNOT_WRITE = ("inline_container", "iostream", "PytorchStreamWriter")
+"""Words in the RuntimeErrors that torch raises where a file cannot be written."""
 
 
 @contextmanager
@@ -26,10 +28,11 @@ def reporting(path: Path) -> Iterator[None]:
     except BaseException as error:
         unfinished = path.with_name(UNFINISHED + path.name)
         remove(unfinished)
-        if not _is_disk_error(error):
+        fault = _fault_of_the_disk(error)
+        if fault is None:
             raise
         raise DataError(
-            f"{path} could not be written ({one_line(error)}): make room; what was there before still is"
+            f"{path} could not be written ({one_line(fault)}): make room; what was there before still is"
         ) from error
 
 
@@ -41,6 +44,18 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
         bring_to_disk(unfinished)
         replace(unfinished, path)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add whole lines to a log.
+
+    Raises:
+        DataError: There is no room; a line that is torn by it is cut off when the run goes on.
+    """
+    with reporting(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -76,6 +91,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_disk_error(error: BaseException) -> bool:
-    """Whether the disk is to blame; torch reports a full one as a RuntimeError of its own."""
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+def _fault_of_the_disk(error: BaseException | None) -> BaseException | None:
+    """Error that says what is wrong with the disk, where it is to blame; torch hides it behind errors of its own."""
+    found: BaseException | None = None
+    while error is not None:
+        of_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in TORCH_CANNOT_WRITE)
+        if isinstance(error, OSError) or (of_torch and found is None):
+            found = error
+        error = error.__cause__ or error.__context__
+    return found

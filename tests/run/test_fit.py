@@ -13,9 +13,11 @@ import torch
 import yaml
 from PIL import Image
 
+from dppo_lightning.run.cli import main
 from dppo_lightning.train.metrics import GLOSSARY
 from tests.helpers.recipes import PROMPTS, changed, recipe, run
 from tests.helpers.run_files import read_jsonl, read_metrics, read_rows, write_jsonl
+from tests.helpers.short_runs import shortened
 
 Config = dict[str, Any]
 
@@ -132,9 +134,9 @@ def test_a_region_of_the_users_own_trains(config: Config, tmp_path: Path, monkey
 
 def test_training_goes_on_from_a_checkpoint(finished: Path, config: Config, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     longer = changed(config, trainer__max_steps=3)
-    run("fit", longer, tmp_path, "--ckpt_path", str(checkpoint))
+    with shortened():
+        main(["fit", "--resume", str(tmp_path / "run"), "--trainer.max_steps", "3"])
     rows = read_jsonl(tmp_path / "run" / "completions.jsonl")
     assert [row["step"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
     whole = tmp_path / "whole"

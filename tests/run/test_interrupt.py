@@ -74,8 +74,11 @@ def test_ctrl_c_ends_a_run_with_its_record_written_and_no_process_left(
 ) -> None:
     with a_run(tmp_path, tiny_policy_dir, take_signals, data__streaming={"max_staleness": staleness}) as run:
         run.send_signal(signal.SIGINT)
+    assert run.returncode == 130
     assert (tmp_path / "run" / "metrics.csv").exists()
     assert (tmp_path / "run" / "curves.png").exists()
+    assert "go on with: dppo fit --resume run" in (tmp_path / "output").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_run_in_the_background_ignores_ctrl_c_as_its_shell_says_and_sigterm_ends_it(
@@ -86,4 +89,6 @@ def test_a_run_in_the_background_ignores_ctrl_c_as_its_shell_says_and_sigterm_en
         before = rollouts(tmp_path)
         wait_until(lambda: rollouts(tmp_path) > before + 8)  # several steps later
         run.send_signal(signal.SIGTERM)
+    assert run.returncode == 143
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     assert "Traceback" not in (tmp_path / "output").read_text()

@@ -193,7 +193,9 @@ class Checkpoint(RunCallback, pl.callbacks.Checkpoint):
         ranks = data_of(trainer).ranks
         assert isinstance(ranks, Ranks)
         checkpoint["generators"] = ranks.all_gather(state_of_generators())
-        checkpoint["rollout_projection"] = head_of(pl_module).rollout_state()
+        plan = data_of(trainer).plan
+        if plan is not None and not plan.ends_rollout:
+            checkpoint["rollout_projection"] = head_of(pl_module).rollout_state()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

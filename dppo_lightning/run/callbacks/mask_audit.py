@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dppo_lightning.base.batch import TrainingBatch
 from dppo_lightning.base.errors import ConfigError, one_line
+from dppo_lightning.run.whole_files import append_text
 from dppo_lightning.train.head import HeadOutput
 from dppo_lightning.train.hooks import RunCallback, ends_step
 from dppo_lightning.train.module import DPPOModule
@@ -84,10 +85,7 @@ class MaskAudit(RunCallback):
                 "totals": self.step.totals(),
                 "top": with_text(self.step.most_stopped(self.rows), pl_module),
             }
-            path = Path(trainer.default_root_dir) / "mask_audit.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_text(Path(trainer.default_root_dir) / "mask_audit.jsonl", json.dumps(line) + "\n")
         self.step = Tally()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

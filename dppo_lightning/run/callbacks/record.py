@@ -23,7 +23,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from dppo_lightning.base.records import Group
 from dppo_lightning.base.timeline import Lane, Span
 from dppo_lightning.run.run_directory import RunDirectory
-from dppo_lightning.run.whole_files import write_text
+from dppo_lightning.run.whole_files import append_text, write_text
 from dppo_lightning.train.hooks import RunCallback
 from dppo_lightning.train.module import DPPOModule
 
@@ -88,11 +88,8 @@ class CompletionLog(RunCallback):
 def _append_completions(trainer: pl.Trainer, name: str, groups: list[tuple[int | None, Group]]) -> None:
     if not trainer.is_global_zero:
         return
-    path = Path(trainer.default_root_dir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"step": step} | record) + "\n" for step, group in groups for record in group.records())
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    append_text(Path(trainer.default_root_dir) / name, "".join(lines))
 
 
 class TimelineLog(RunCallback):
@@ -140,10 +137,8 @@ class TimelineLog(RunCallback):
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "timeline.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         begins = first and not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            file.write("[\n" * begins + "".join(json.dumps(event) + ",\n" for event in events))
+        append_text(path, "[\n" * begins + "".join(json.dumps(event) + ",\n" for event in events))
 
 
 def read_timeline(path: Path) -> list[dict[str, Any]]:

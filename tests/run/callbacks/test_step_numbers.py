@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dppo_lightning.base.records import Group
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
-from dppo_lightning.run.callbacks.record import CompletionLog, MetricsFile, TimelineLog, read_timeline
+from dppo_lightning.run.callbacks.record import CompletionLog, TimelineLog, read_timeline
+from dppo_lightning.run.metrics_file import MetricsFile
 from tests.helpers.run_files import read_jsonl, read_rows
 from tests.helpers.runs import QUIET, Letters, Record, build
 
@@ -47,7 +48,7 @@ class Files:
 
 
 def loggers(folder: Path) -> list[Any]:
-    return [MetricsFile(str(folder), name="", version=""), TensorBoardLogger(folder, name="tensorboard", version="")]
+    return [MetricsFile(folder), TensorBoardLogger(folder, name="tensorboard", version="")]
 
 
 @pytest.fixture(scope="module")

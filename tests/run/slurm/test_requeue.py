@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-from dppo_lightning.run.slurm.job import Requeue, SlurmRun, checkpoint_to_continue
+from dppo_lightning.run.slurm.job import Requeue, SlurmRun, started_again
 from tests.helpers.recipes import changed, recipe, refused, run
 from tests.helpers.run_files import read_rows
 from tests.helpers.slurm_jobs import ONE_TASK
@@ -85,11 +85,11 @@ def test_the_run_goes_on_to_the_same_weights_and_the_same_record(
     run("fit", config, tmp_path)  # ends without SystemExit: exit code 0
     said = capsys.readouterr().out
     folder = tmp_path / "run"
-    assert f"saved after step 2 in {folder / 'requeue.ckpt'}; job 77 is queued again" in said
+    assert f"saved after step 2 in {folder / 'checkpoints' / 'step=2.ckpt'}; job 77 is queued again" in said
     assert "SLURM job 77: on SIGUSR1 the run is saved" in said
     assert job.read_text() == "requeue 77\n"
     assert [int(row["step"]) for row in rows(folder / "metrics.csv") if row["train/reward"]] == [0, 1]
-    assert not (folder / "checkpoints").exists()  # one save on the way out, not two
+    assert [path.name for path in (folder / "checkpoints").glob("step=*.ckpt")] == ["step=2.ckpt"]
 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run("fit", config, tmp_path)
@@ -111,10 +111,10 @@ def test_a_job_that_cannot_be_queued_again_says_so(
 ) -> None:
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho Requested operation is presently disabled >&2\nexit 1\n")
     line = refused(capsys, "fit", config, tmp_path)
-    assert "requeue.ckpt" in line
+    assert "step=2.ckpt" in line
     assert "`scontrol requeue 77` failed (Requested operation is presently disabled)" in line
     assert "#SBATCH --requeue" in line
-    assert (tmp_path / "run" / "requeue.ckpt").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step=2.ckpt").is_file()
 
 
 def test_a_second_job_does_not_continue_the_first_ones_run(
@@ -127,7 +127,7 @@ def test_a_second_job_does_not_continue_the_first_ones_run(
 def test_the_signal_leaves_processes_that_the_run_starts_alone(job: Path) -> None:
     callback = Requeue()
     callback.listen()
-    assert not callback.signalled()
+    assert not callback.requested()
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -136,20 +136,32 @@ def test_the_signal_leaves_processes_that_the_run_starts_alone(job: Path) -> Non
         child.stdin.write(b"still here\n")
         child.stdin.close()
         assert child.stdout.read() == b"still here\n"
-    assert callback.signalled()
-    assert callback.signalled()
+    assert callback.requested()
+    assert callback.requested()
 
 
-def test_the_newest_checkpoint_is_taken_and_none_in_a_first_start(tmp_path: Path) -> None:
-    again = {"SLURM_RESTART_COUNT": "2"}
-    assert checkpoint_to_continue(again, tmp_path) is None
-    (tmp_path / "requeue.ckpt").touch()
-    os.utime(tmp_path / "requeue.ckpt", (1, 1))
-    assert checkpoint_to_continue(again, tmp_path) == tmp_path / "requeue.ckpt"
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert checkpoint_to_continue(again, tmp_path) == tmp_path / "checkpoints" / "last.ckpt"
-    assert checkpoint_to_continue({}, tmp_path) is None
+def test_a_job_that_slurm_starts_again_without_a_checkpoint_begins_anew(
+    config: dict[str, Any],
+    tmp_path: Path,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("left: behind\n")
+    (folder / "completions.jsonl").write_text('{"torn')
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run("fit", changed(config, trainer__callbacks=None), tmp_path)
+    assert f"the run begins anew; earlier files are in {folder / 'before' / '0'}" in capsys.readouterr().out
+    assert (folder / "before" / "0" / "completions.jsonl").read_text() == '{"torn'
+    assert len(rows(folder / "metrics.csv")) == STEPS + 2
+
+
+def test_a_job_knows_that_it_was_started_before() -> None:
+    assert started_again({"SLURM_RESTART_COUNT": "2"})
+    assert not started_again({"SLURM_RESTART_COUNT": "0"})
+    assert not started_again({})
 
 
 def test_a_recipe_that_brings_its_own_wins(job: Path) -> None:
