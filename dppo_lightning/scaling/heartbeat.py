@@ -61,6 +61,7 @@ class Heartbeat:
         self._heard: dict[int, float] = {}
         self._left: set[int] = set()
         self._answered = clock()
+        self._beaten = self._looked = clock()
         self._failure: str | None = None
         self._asking = threading.Thread(target=self._ask, name="heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="heartbeat watch", daemon=True)
@@ -108,13 +109,21 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.interval):
-            silent = self._clock() - self._answered
+            now = self._clock()
+            if self._was_suspended(self._looked, now):
+                self._answered = now
+            self._looked = now
+            silent = now - self._answered
             failure = self._failure
             if failure is None and silent > self.silence:
                 failure = f"rank 0 has died (no answer for {self.silence:.0f} s)"
             if failure is not None and not self._stopped.is_set():
                 print(f"error: {failure}: rank {self.rank} ends", file=sys.stderr, flush=True)
                 os._exit(1)
+
+    def _was_suspended(self, before: float, now: float) -> bool:
+        """Tell whether this process itself stood still (a suspended job, a snapshot): the others' silence is its own."""
+        return now - before > self.silence / 2
 
     def _beat(self) -> str | None:
         """Show that this rank is alive and look at the others; return the line of a rank that has failed, if any."""
@@ -124,6 +133,9 @@ class Heartbeat:
             self._store.add(f"read/{self.rank}", 1)
             return failure
         now = self._clock()
+        if self._was_suspended(self._beaten, now):
+            self._heard = dict.fromkeys(self._heard, now)
+        self._beaten = now
         for rank in self._watched:
             count = self._store.add(f"beat/{rank}", 0)
             if count != self._counts.get(rank) or rank not in self._heard:

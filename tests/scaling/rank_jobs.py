@@ -105,3 +105,16 @@ def slow_but_alive() -> tuple[str, float]:
         while ranks.is_controller and clock.now < 5000.0:
             time.sleep(0.02)
         return ranks.from_controller("still here"), clock.now
+
+
+def suspended() -> list[int]:
+    """All processes of the run stand still for longer than the silence that a dead rank is given, and go on."""
+    now = [0.0]
+    with Ranks(silence=1000.0, interval=0.02, clock=lambda: now[0]) as ranks:
+        ranks.all_gather(ranks.rank)
+        now[0] = 10_000.0
+        store = ranks._heartbeat._store  # type: ignore[union-attr]
+        before = store.add(f"beat/{ranks.rank}", 0)
+        while store.add(f"beat/{ranks.rank}", 0) < before + 5:
+            time.sleep(0.02)
+        return ranks.all_gather(ranks.rank)

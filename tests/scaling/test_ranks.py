@@ -8,7 +8,7 @@ from dppo_lightning.base.errors import ConfigError, RankError
 from dppo_lightning.scaling.ranks import Ranks
 from tests.helpers.processes import PATIENCE
 from tests.helpers.rank_pool import RankPool
-from tests.scaling.rank_jobs import exchange, mistake, slow_but_alive, wait_for
+from tests.scaling.rank_jobs import exchange, mistake, slow_but_alive, suspended, wait_for
 
 
 def test_a_single_process_needs_no_group() -> None:
@@ -66,6 +66,10 @@ def test_a_difference_of_mappings_names_the_key() -> None:
     ranks.all_gather = lambda value: [value, {"a": 1, "c": "x" * 200}]  # type: ignore[method-assign,assignment,misc]
     with pytest.raises(ConfigError, match="rank 1 has another config than rank 0: b is not set, not 2; start"):
         ranks.agree({"a": 1, "b": 2, "c": "x" * 200}, "config")
+
+
+def test_a_run_that_was_suspended_goes_on(two_ranks: RankPool) -> None:
+    assert two_ranks.run(suspended) == [[0, 1], [0, 1]]
 
 
 def test_a_rank_that_takes_long_is_not_dead(two_ranks: RankPool) -> None:
