@@ -122,7 +122,7 @@ class Heartbeat:
                 os._exit(1)
 
     def _was_suspended(self, before: float, now: float) -> bool:
-        """Tell whether this process itself stood still (a suspended job, a snapshot): the others' silence is its own."""
+        """Tell whether this process itself stood still (a suspended job, a snapshot): then the silence was its own."""
         return now - before > self.silence / 2
 
     def _beat(self) -> str | None:
