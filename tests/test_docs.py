@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dppo_lightning.run.cli import DPPOCommandLine, main
+from dppo_lightning.run.cli import DPPOCommandLine, RecipeReader, main
 from dppo_lightning.run.commands import export_parser, prepare_parser
 from dppo_lightning.run.doctor.command import doctor_parser
 from dppo_lightning.run.parsing import known_classes, underscored
@@ -89,6 +89,8 @@ def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) ->
     page = (ROOT / "docs" / "write-your-own.md").read_text()
     (folder / "my_regions.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     (folder / "configs").symlink_to(ROOT / "configs")
+    if "--resume" in arguments or "--ckpt_path" in arguments:
+        leave_a_run(folder / "runs" / "one")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(DPPOCommandLine, "_run_subcommand", lambda self, name: None)
@@ -98,6 +100,15 @@ def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) ->
         assert exit_.value.code == 0
         return
     assert DPPOCommandLine(arguments).model is not None
+
+
+def leave_a_run(folder: Path) -> None:
+    """What a run of the quickstart, of forty steps, leaves to go on from; but for the weights."""
+    (folder / "checkpoints").mkdir(parents=True)
+    reader = RecipeReader(["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")])
+    (folder / "config.yaml").write_text(reader._parser("fit").dump(reader.config.fit, skip_none=False))
+    (folder / "checkpoints" / "step=40.ckpt").touch()
+    (folder / "checkpoints" / "step=40.json").write_text('{"format": 1, "step": 40, "logs": {}}')
 
 
 def test_the_prompts_and_rewards_of_the_docs_can_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
