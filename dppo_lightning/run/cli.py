@@ -89,7 +89,9 @@ class DPPOCommandLine(LightningCLI):
         finally:
             self.stop.forget()
             os.environ.pop(RUN_DIR, None)
-            if self.claimed is not None:
+            if self.claimed is not None and is_rank_zero():
+                # what fails before its first completion leaves nothing, so that the next try is not refused
+                self.claimed.discard_unless_begun()
                 self.claimed.release()
 
     def _run(self, args: list[str]) -> None:
@@ -170,16 +172,6 @@ class DPPOCommandLine(LightningCLI):
             settings = identity(self.model, self.datamodule)
             check_note(Path(arguments["ckpt_path"]), settings, self.trainer.max_steps)
         return arguments
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        # without this a run that fails before its first completion would leave files in its directory, and the next try
-        # would be refused: "already holds a run"
-        try:
-            super()._run_subcommand(subcommand)
-        except DPPOError:
-            if subcommand == "fit" and self.resumed is None and self.claimed is not None and is_rank_zero():
-                self.claimed.discard_unless_begun()
-            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with what every run has: CSV and TensorBoard loggers, and the standard callbacks."""

@@ -43,10 +43,12 @@ class RunDirectory:
 
     Args:
         path: Folder of the run; it need not exist.
+        alone: Whether the folder that it is in was made for it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, alone: bool = False) -> None:
         self.path = Path(path)
+        self.alone = alone
         self.checkpoints = self.path / CHECKPOINTS
         self._lock: FileLock | None = None
 
@@ -214,8 +216,9 @@ class RunDirectory:
         for name in ("config.yaml", "run.json", "start.txt", METRICS, "sessions", "tensorboard", ".lock"):
             remove(self.path / name)
         self.release()
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        for folder in (self.path, self.path.parent) if self.alone else (self.path,):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def remove_unfinished(self) -> None:
         """Remove what a process was writing when it was killed; only for the one that holds the lock."""
@@ -237,10 +240,11 @@ def _note_of(checkpoint: Path) -> Path:
 def new_run_dir(parent: Path) -> RunDirectory:
     """Make a folder named by the present time; two processes never get the same one."""
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    first = not parent.exists()
     for number in count(2):
         try:
             (parent / name).mkdir(parents=True)
-            return RunDirectory(parent / name)
+            return RunDirectory(parent / name, alone=first)
         except FileExistsError:
             name = f"{name.partition('+')[0]}+{number}"
     raise AssertionError

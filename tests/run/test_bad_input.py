@@ -145,7 +145,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(
 ) -> None:
     run("fit", changed(config, trainer__max_steps=1), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert "already holds a run: set --run_dir" in refused(capsys, "fit", config, tmp_path)
+    assert "already holds a run: go on with it by dppo fit --resume" in refused(capsys, "fit", config, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
