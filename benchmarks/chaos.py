@@ -82,11 +82,18 @@ def interrupted(run: Path, engine: str, steps: int, seconds: float, log: Path) -
         killed[target] += 1
         if target == "trainer":
             trainer.wait()
-            begun = (run / "config.yaml").exists()  # else it was killed before there was a run
-            trainer = start(["fit", "--resume", str(run)] if begun else words(run, engine, steps), log)
-    if trainer.wait() != 0:
-        raise SystemExit(f"the run ended with code {trainer.returncode}: see {log}")
-    return killed
+            trainer = start(next_words(run, engine, steps), log)
+    for _ in range(1 + killed["engine"]):  # an engine that is killed while it starts up ends the run, in one line
+        if trainer.wait() == 0:
+            return killed
+        trainer = start(next_words(run, engine, steps), log)
+    trainer.kill()
+    raise SystemExit(f"{log.read_text()[-4000:]}\nthe run does not go on")
+
+
+def next_words(run: Path, engine: str, steps: int) -> list[str]:
+    """Words of the command that goes on, or that begins where the run was killed before it had begun."""
+    return ["fit", "--resume", str(run)] if (run / "config.yaml").exists() else words(run, engine, steps)
 
 
 def made(run: Path) -> dict[str, Any]:

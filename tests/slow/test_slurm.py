@@ -129,7 +129,7 @@ def test_a_requeued_job_ends_with_the_weights_of_an_uninterrupted_one(
     assert stopped.field("ExitCode") == "0:0"
     (log,) = stopped.run_dir.glob("logs/*-0.log")
     said = log.read_text()
-    step = int(re.search(r"saved after step (\d+) in \S*requeue\.ckpt; job \d+ is queued again", said)[1])  # type: ignore[index]
+    step = int(re.search(r"saved after step (\d+) in \S*step=\d+\.ckpt; job \d+ is queued again", said)[1])  # type: ignore[index]
     assert 3 <= step < STEPS
     assert "the run goes on from" in said
     assert len(list(stopped.run_dir.glob("logs/*-*.log"))) == nodes
