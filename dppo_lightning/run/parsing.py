@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -53,12 +54,27 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         hint = f"did you mean {near[0]!r}?" if near else "`dppo fit --help` lists the known ones"
         return f"unknown config key {key!r}: {hint}"
     component = re.search(rf'[Kk]ey "(?:[\w.]*\.)?({"|".join(COMPONENTS)})"', line)
+    if not component:
+        return line
+    what, base = COMPONENTS[component[1]]
     given = re.search(r"path string: (\S+)|'class_path': '([^']+)'|Given value: '?([\w.]+)", line)
-    if component and given and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
-        what, base = COMPONENTS[component[1]]
-        name = next(group for group in given.groups() if group)
+    name = next(group for group in given.groups() if group) if given else ""
+    if name and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
         return f"unknown {what} {name!r}; known: {', '.join(known_classes(base))}; or the class_path of your own"
-    return line
+    problem = re.search(r"Problem with given class_path '([^']+)': (.+?)(?: - Expected a <class|$)", line)
+    if problem:
+        return f"{what} {problem[1]!r}: {problem[2].removeprefix('- ')}"
+    unfinished = re.search(r"instantiatable class, but (?:(\S+) )?is abstract", line)
+    return _unfinished(what, base, unfinished[1] or name) if unfinished else line
+
+
+def _unfinished(what: str, base: type, path: str) -> str:
+    """Say what a class that cannot be built lacks; its module is loaded already, or it is ``base`` itself."""
+    module, _, name = path.rpartition(".")
+    kind: Any = getattr(sys.modules.get(module), name, base)
+    if not issubclass(kind, base):
+        return f"{what} {path!r} does not derive from {base.__name__}"
+    return f"{what} {path!r} is unfinished: write {', '.join(sorted(kind.__abstractmethods__))}"
 
 
 def config_keys(parser: LightningArgumentParser) -> list[str]:
