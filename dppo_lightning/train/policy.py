@@ -22,9 +22,10 @@ from dppo_lightning.base.packing import Layout
 from dppo_lightning.base.pretrained import backbone_name, load_model
 from dppo_lightning.scaling.sharding import shard, shard_frozen
 from dppo_lightning.scaling.zero import ZeroStrategy
+from dppo_lightning.sync.named_weights import merged_weights, scaled_adapters
 from dppo_lightning.train import attention
 from dppo_lightning.train.head import PolicyHead
-from dppo_lightning.train.lora import LoRA, adapt, merged_weights, scaled_adapters
+from dppo_lightning.train.lora import LoRA, adapt
 from dppo_lightning.train.model_check import as_loaded, ask, check
 
 
