@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,6 +17,7 @@ from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.generate.engine import RolloutEngine
 from dppo_lightning.prompts import PromptSampler, PromptSource
 from dppo_lightning.reward import RewardFunction
+from dppo_lightning.run.values import check_readable, refuse_empty
 
 COMPONENTS: dict[str, tuple[str, type]] = {
     "trust_region": ("trust region", trust_region.TrustRegion),
@@ -32,6 +34,21 @@ COMPONENTS: dict[str, tuple[str, type]] = {
 
 class OneLineParser(LightningArgumentParser):
     """Parser that reports what is wrong with a configuration in one line, as a ConfigError."""
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Any:
+        """Parse a recipe; jsonargparse raises what reading it raises, and runs for ever on one that holds itself."""
+        check_readable(Path(cfg_path))
+        return super().parse_path(cfg_path, **kwargs)
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Build what a recipe names; jsonargparse gives an empty value to a constructor whatever its type."""
+        parser, values = self, cfg
+        if self._subcommands_action is not None:  # private: without it an empty value is a TypeError of a constructor
+            parser, values = self._subcommands_action._name_parser_map[cfg.subcommand], cfg[cfg.subcommand]
+        for action in parser._actions:
+            if (kind := getattr(action, "_typehint", None)) is not None and action.dest in values:
+                refuse_empty(action.dest, kind, values[action.dest])
+        return super().instantiate_classes(cfg, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries alternatives of a type by such parsers
