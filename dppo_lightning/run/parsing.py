@@ -40,15 +40,15 @@ class OneLineParser(LightningArgumentParser):
         check_readable(Path(cfg_path))
         return super().parse_path(cfg_path, **kwargs)
 
-    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """Build what a recipe names; jsonargparse gives an empty value to a constructor whatever its type."""
-        parser, values = self, cfg
-        if self._subcommands_action is not None:  # private: without it an empty value is a TypeError of a constructor
-            parser, values = self._subcommands_action._name_parser_map[cfg.subcommand], cfg[cfg.subcommand]
-        for action in parser._actions:
-            if (kind := getattr(action, "_typehint", None)) is not None and action.dest in values:
-                refuse_empty(action.dest, kind, values[action.dest])
-        return super().instantiate_classes(cfg, **kwargs)
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse a command line; jsonargparse would give an empty value to a constructor, whatever its type."""
+        config = super().parse_args(*args, **kwargs)
+        if self._subcommands_action is not None:  # private, as in ``config_keys``
+            parser, values = self._subcommands_action._name_parser_map[config.subcommand], config[config.subcommand]
+            for action in parser._actions:
+                if (kind := getattr(action, "_typehint", None)) is not None and action.dest in values:
+                    refuse_empty(action.dest, kind, values[action.dest])
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries alternatives of a type by such parsers
