@@ -22,13 +22,13 @@ from dppo_lightning.sync.named_weights import ADAPTER
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which layers get adapters, and how large they are.
+    """Choice of the layers that get adapters, and of their size.
 
     There is no dropout: the trainer's log-probs must be those of the policy that samples.
 
     Args:
-        rank: Of every adapter, >= 1.
-        alpha: An adapter's product is scaled by alpha / rank, > 0.
+        rank: Rank of every adapter, >= 1.
+        alpha: Scale of every adapter's product, which is multiplied by alpha / rank, > 0.
         target_modules: Names of linear layers, whole or their last parts ("q_proj"); "all-linear" for every one but the
             output projection.
 
@@ -57,9 +57,9 @@ def adapt(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> None:
     """Freeze the model and put adapters on it, in place; needs peft.
 
     Args:
-        model: Has no adapters yet.
-        lora: Which adapters.
-        seed: Of the values that every A starts with; no global generator is touched.
+        model: Model without adapters.
+        lora: Choice of the adapters.
+        seed: Seed of the values that every A starts with; no global generator is touched.
 
     Raises:
         ConfigError: peft is not installed, or a target is unknown, not linear, or the embedding or output projection.
@@ -72,7 +72,7 @@ def adapt(model: PreTrainedModel, lora: LoRA, seed: int = 0) -> None:
 
 
 def peft_config(model: PreTrainedModel, lora: LoRA) -> Any:
-    """The adapters as peft describes them, for a model that has none yet.
+    """Describe the adapters as peft does, for a model that has none yet.
 
     Raises:
         ConfigError: As ``adapt``.
@@ -88,7 +88,7 @@ def peft_config(model: PreTrainedModel, lora: LoRA) -> Any:
 
 
 def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
-    """Names, or ends of names, of the layers to adapt, all of them checked."""
+    """List names, or ends of names, of the layers to adapt, all of them checked."""
     linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     fixed = {name for name, module in model.named_modules() if id(module) in ends}

@@ -42,7 +42,7 @@ class ReferenceKL:
 
 
 def kl_estimate(logp: Float[Tensor, " N"], reference_logp: Float[Tensor, " N"], kind: KLKind) -> Float[Tensor, " N"]:
-    """Per-token estimate of KL(pi || ref), differentiable in ``logp``."""
+    """Estimate KL(pi || ref) of each token, differentiable in ``logp``."""
     log_ratio = logp - reference_logp
     if kind == "k1":
         return log_ratio
@@ -67,8 +67,8 @@ class Objective(nn.Module):
 
     Args:
         region: The trust region.
-        kl: Its coefficient counts here only when ``kl.where`` is "loss".
-        entropy_coefficient: >= 0.
+        kl: Pull towards the reference; its coefficient counts here only when ``kl.where`` is "loss".
+        entropy_coefficient: Weight of the entropy bonus, >= 0.
 
     Raises:
         ConfigError: The entropy coefficient is negative, or the region asks for what cannot be given.
