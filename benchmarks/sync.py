@@ -41,8 +41,8 @@ def main() -> None:
 
 def restart_seconds(engine: VLLMEmbedded) -> float:
     """From the death of the engine's process until a new one holds the last weights."""
-    assert engine._process is not None
-    os.kill(engine._process.child.pid, signal.SIGKILL)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
     started = time.perf_counter()
     engine.pause()
     return time.perf_counter() - started

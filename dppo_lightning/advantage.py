@@ -39,11 +39,24 @@ class AdvantageEstimator(ABC):
 
         Returns:
             Advantages, for each group, for each of its completions [T] float64.
+
+        Raises:
+            ConfigError: ``estimate`` returned something else than a finite number for each completion.
         """
+        advantages = self._checked(self.estimate(rewards), rewards)
         return [
             [np.full(len(completion), advantage) for completion, advantage in zip(group.completions, mine, strict=True)]
-            for group, mine in zip(groups, self.estimate(rewards), strict=True)
+            for group, mine in zip(groups, advantages, strict=True)
         ]
+
+    def _checked(self, advantages: Sequence[np.ndarray], rewards: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        name = type(self).__name__
+        shapes, wanted = [[np.shape(group) for group in groups] for groups in (advantages, rewards)]
+        if shapes != wanted:
+            raise ConfigError(f"{name} returned advantages of shapes {shapes} for rewards of {wanted}: return the same")
+        if not all(np.isfinite(group).all() for group in advantages):
+            raise ConfigError(f"{name} returned an advantage that is not finite: mend its estimate")
+        return advantages
 
     def check(self, samples_per_prompt: int) -> None:
         """Refuse a group size with which every advantage would be zero.

@@ -64,7 +64,7 @@ MUTANTS = [
         ),
         ("self.bias += grad.sum(dim=0)", "self.bias -= grad.sum(dim=0)"),
         ("range(0, len(weight), _PIECE)", "range(0, min(len(weight), _PIECE), _PIECE)"),
-        ("range(0, n, len(room))", "range(0, min(n, len(room)), len(room))"),
+        ("range(0, n, len(scratch))", "range(0, min(n, len(scratch)), len(scratch))"),
         ("- grad_entropy[:, None] * (normalised + entropy)", "+ grad_entropy[:, None] * (normalised + entropy)"),
         ("(normalised + entropy))", "normalised)"),
         ("grad.mul_(1 - tanh.square_())", "grad.mul_(1 - tanh)"),

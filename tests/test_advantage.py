@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import dppo_lightning.advantage as package
 from dppo_lightning.advantage import NO_SIGNAL, AdvantageEstimator, GroupBaseline, GroupMean, GroupMeanStd, LeaveOneOut
 from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.base.records import Group, Prompt
 
 ESTIMATORS = [GroupMean(), GroupMeanStd(), LeaveOneOut()]
 REWARDS = [np.array([0.0, 1.0, 1.0, 0.0]), np.array([3.0, 0.0])]
@@ -80,3 +83,28 @@ def test_one_sample_is_no_group(estimator: AdvantageEstimator) -> None:
     estimator.check(2)
     with pytest.raises(ConfigError, match=r"samples_per_prompt to at least 2, got 1"):
         estimator.check(1)
+
+
+class Broken(AdvantageEstimator):
+    """Returns what it is given."""
+
+    def __init__(self, advantages: list[np.ndarray]) -> None:
+        self.advantages = advantages
+
+    def estimate(self, rewards: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self.advantages
+
+
+@pytest.mark.parametrize(
+    ("advantages", "pattern"),
+    [
+        ([], r"Broken returned advantages of shapes \[\] for rewards of \[\(2,\)\]"),
+        ([np.zeros(3)], r"shapes \[\(3,\)\] for rewards of \[\(2,\)\]"),
+        ([1.0], r"shapes \[\(\)\]"),
+        ([np.array([0.0, np.nan])], r"Broken returned an advantage that is not finite"),
+    ],
+)
+def test_an_estimator_that_returns_something_else_is_named(advantages: list[np.ndarray], pattern: str) -> None:
+    group = Group(Prompt("train/0", (1,), "a"), [], [])
+    with pytest.raises(ConfigError, match=pattern):
+        Broken(advantages).per_token([group], [np.zeros(2)])

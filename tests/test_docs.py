@@ -9,16 +9,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from dppo_lightning.advantage import AdvantageEstimator
+from dppo_lightning.generate import RolloutEngine
+from dppo_lightning.prompts import PromptSource
+from dppo_lightning.reward import RewardFunction, Sample
 from dppo_lightning.run.cli import DPPOCommandLine, RecipeReader, main
 from dppo_lightning.run.commands import export_parser, prepare_parser
 from dppo_lightning.run.doctor.command import doctor_parser
 from dppo_lightning.run.parsing import known_classes, underscored
 from dppo_lightning.run.slurm.script import Job
 from dppo_lightning.train.metrics import GLOSSARY
-from dppo_lightning.trust_region import TrustRegion
 from tests.helpers.benchmarks import BENCHMARKS, shown_help
 from tests.helpers.places import ROOT
 
@@ -87,7 +92,8 @@ class Submitted:
 def give(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Build everything that a ``dppo`` command builds, and stop where it would begin to work."""
     page = (ROOT / "docs" / "write-your-own.md").read_text()
-    (folder / "my_regions.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    for name in ("my_regions.py", "my_parts.py"):
+        (folder / name).write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     (folder / "configs").symlink_to(ROOT / "configs")
     if "--resume" in arguments or "--ckpt_path" in arguments:
         leave_a_run(folder / "runs" / "one")
@@ -141,5 +147,27 @@ def test_the_picture_of_the_five_verbs_names_files_that_exist() -> None:
         assert (ROOT / "dppo_lightning" / name).exists(), name
 
 
-def test_the_number_of_regions_that_the_readme_gives_is_right() -> None:
-    assert f"The {len(known_classes(TrustRegion)) - 1} regions" in (ROOT / "README.md").read_text()  # beside Combined
+def test_the_parts_of_write_your_own_do_what_they_say() -> None:
+    page = (ROOT / "docs" / "write-your-own.md").read_text()
+    parts: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1], parts)
+    samples = [Sample("", completion) for completion in ("ok", "far too long an answer")]
+    assert [score.value for score in parts["Brief"](20)(samples)] == [1, 0]
+    sets = parts["Sums"](4).load()
+    assert (len(sets.train), len(sets.heldout)) == (6, 10)
+    assert parts["SignOnly"]().estimate([np.array([0.0, 1.0, 0.5])])[0].tolist() == [-1, 1, 0]
+    named = re.findall(r"`(dppo_lightning\.[\w.]+)\.(\w+)`", page)
+    assert all(hasattr(importlib.import_module(module), kind) for module, kind in named if kind != "Brief")
+
+
+def test_every_public_kind_has_a_row() -> None:
+    pages = {page: (ROOT / "docs" / page).read_text() for page in ("prompts-and-rewards.md", "engine.md")}
+    for base, page in (
+        (PromptSource, "prompts-and-rewards.md"),
+        (RewardFunction, "prompts-and-rewards.md"),
+        (AdvantageEstimator, "prompts-and-rewards.md"),
+        (RolloutEngine, "engine.md"),
+    ):
+        for name in known_classes(base):
+            if name != "ScriptedEngine":  # of the tests
+                assert re.search(rf"^\| `dppo_lightning\.\w+\.{name}`", pages[page], re.MULTILINE), name

@@ -53,17 +53,18 @@ class Stopped(BaseException):
         self.on_every_rank = on_every_rank
 
 
-def one_line(error: BaseException, typed: bool = False) -> str:
+def one_line(error: BaseException, typed: bool = False, whole: bool = False) -> str:
     """Message of another library's error in one line: its first line, and its cause where the line does not say it.
 
     Args:
         error: The error.
         typed: Name the error's type first. Else it is named only where the message says little without it: a message
             that is empty, and any type but OSError, ValueError, RuntimeError, AssertionError and those derived.
+        whole: Keep every line of the message; for libraries whose first line is a title.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A line that ends with a colon announces the next; a KeyError's message is a bare key.
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    said = " ".join(lines if whole else lines[: 2 if lines and lines[0].endswith(":") else 1])
     if typed or not said or not isinstance(error, OSError | ValueError | RuntimeError | AssertionError):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     # Parsers' errors are often replaced by a vaguer one without naming them as its cause.

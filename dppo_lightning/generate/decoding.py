@@ -29,7 +29,7 @@ class Row:
     finish_reason: FinishReason | None = None
 
     def completion(self) -> Completion:
-        """What was generated, as a record."""
+        """Make a record of what was generated."""
         assert self.finish_reason is not None
         shape = (len(self.tokens), self.request.sampling.topk_logprobs)
         return Completion(
@@ -44,11 +44,11 @@ class Row:
 
 
 class Decoder:
-    """Steps up to B rows at a time. Rows are padded on the left, and leave the batch when they finish.
+    """Generator of up to B rows at a time. Rows are padded on the left, and leave the batch when they finish.
 
     Args:
-        model: In evaluation mode.
-        spec: Stop ids and the length limit.
+        model: Model in evaluation mode.
+        spec: Facts of the run: stop ids and the length limit.
     """
 
     def __init__(self, model: PreTrainedModel, spec: EngineSpec) -> None:
@@ -92,7 +92,7 @@ class Decoder:
         return finished
 
     def _prefill(self) -> Float[Tensor, "B V"]:
-        """Logits after everything that each row holds; requests that share a prompt share its computation."""
+        """Compute the logits after everything that each row holds; a prompt that requests share is computed once."""
         texts = [(*row.request.prompt_token_ids, *row.tokens) for row in self.rows]
         index = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         width = max(len(text) for text in index)
@@ -107,7 +107,7 @@ class Decoder:
         return logits[spread]
 
     def _decode(self) -> Float[Tensor, "B V"]:
-        """Logits after the last token of each row."""
+        """Compute the logits after the last token of each row."""
         ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         return self._forward(ids, self._mask, self._mask.sum(1, keepdim=True) - 1)
@@ -124,7 +124,7 @@ class Decoder:
         return output.logits[:, -1]
 
     def _draw(self, logp: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-        """Gumbel-max with each row's own noise.
+        """Draw a token of each row, by Gumbel-max with the row's own noise.
 
         The largest of log p - log E, with E exponential, is a draw from p. Unlike a search in the cumulative
         distribution it keeps its answer under rounding of p, which depends on the batch.
@@ -148,8 +148,8 @@ class Decoder:
     def _finish_reason(self, row: Row) -> FinishReason | None:
         if row.tokens[-1] in self.spec.stop_token_ids:
             return "stop"
-        room = self.spec.max_model_len - len(row.request.prompt_token_ids)
-        return "length" if len(row.tokens) >= min(room, row.request.sampling.max_new_tokens) else None
+        left = self.spec.max_model_len - len(row.request.prompt_token_ids)
+        return "length" if len(row.tokens) >= min(left, row.request.sampling.max_new_tokens) else None
 
     def _keep(self, keep: list[bool]) -> None:
         """Drop rows from the batch and from the cache."""
@@ -164,7 +164,7 @@ class Decoder:
 
 
 def sampling_logp(logits: Float[Tensor, "B V"], samplings: Sequence[Sampling]) -> Float[Tensor, "B V"]:
-    """Log-probs of the distributions that tokens are drawn from; tokens that truncation removes are -inf.
+    """Compute the log-probs of the distributions that tokens are drawn from; tokens that truncation removes are -inf.
 
     Greedy rows (temperature 0) are at temperature 1 and never truncated.
     """
@@ -177,7 +177,7 @@ def sampling_logp(logits: Float[Tensor, "B V"], samplings: Sequence[Sampling]) -
 
 
 def _kept(logits: Float[Tensor, " V"], sampling: Sampling) -> Bool[Tensor, " V"]:
-    """The ``top_k`` most likely tokens, and of those the fewest whose probabilities reach ``top_p``."""
+    """Mark the ``top_k`` most likely tokens, and of those the fewest whose probabilities reach ``top_p``."""
     ordered, order = logits.sort(descending=True, stable=True)
     if 0 < sampling.top_k < len(ordered):
         ordered[sampling.top_k :] = -torch.inf

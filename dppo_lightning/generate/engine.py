@@ -22,14 +22,14 @@ from dppo_lightning.base.records import Completion
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of how tokens are drawn.
 
     Args:
-        temperature: Divides the logits; > 0, or 0 for greedy decoding (evaluation only).
+        temperature: Number that divides the logits; > 0, or 0 for greedy decoding (evaluation only).
         top_p: Nucleus mass kept, in (0, 1]; below 1 only in evaluation.
         top_k: Number of most likely tokens kept; 0 keeps all; above 0 only in evaluation.
         max_new_tokens: Longest completion, in tokens; >= 1.
-        topk_logprobs: How many of the most likely tokens to report per position; 0 reports the sampled token only.
+        topk_logprobs: Number of most likely tokens to report at each position; 0 reports the sampled token only.
 
     Raises:
         ConfigError: A value is out of range.
@@ -75,14 +75,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to generate.
+    """Request for one completion.
 
     Attributes:
-        id: Unique among the requests in flight.
-        prompt_token_ids: At least one id.
-        sampling: How tokens are drawn.
-        seed: Of this request alone; [0, 2**63).
-        group: Requests of one group share their prompt; an engine may use it to share the prefix.
+        id: Name, unique among the requests in flight.
+        prompt_token_ids: Ids of the prompt, at least one.
+        sampling: Settings of how tokens are drawn.
+        seed: Seed of this request alone, in [0, 2**63).
+        group: Name of the group; requests of one share their prompt, and an engine may share the prefix.
     """
 
     id: str
@@ -102,15 +102,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine needs to know of the run.
+    """Facts of the run that an engine needs.
 
     Attributes:
         model: Hugging Face id or folder whose architecture and initial weights the engine loads.
-        dtype: "float32", "bfloat16" or "float16": the dtype of the engine's weights.
+        dtype: Dtype of the engine's weights: "float32", "bfloat16" or "float16".
         max_model_len: Longest prompt plus completion, in tokens.
         max_logprobs: Largest ``topk_logprobs`` that will be asked for.
         stop_token_ids: Ids that end a completion; the id is part of the completion.
-        seed: Of the engine's own generator; every request carries its own seed besides.
+        seed: Seed of the engine's own generator; every request carries its own seed besides.
     """
 
     model: str
@@ -123,7 +123,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one weight update cost: tensors and bytes sent, seconds taken, and the version now in force."""
+    """Cost of one weight update: tensors and bytes sent, seconds taken; and the version now in force."""
 
     tensors: int
     bytes: int
@@ -133,7 +133,7 @@ class UpdateStats:
 
 @dataclass(frozen=True)
 class Health:
-    """State of an engine: can it serve, which weight version it holds, requests in flight, and what it is."""
+    """State of an engine: whether it can serve, its weight version, number of requests in flight, and a description."""
 
     alive: bool
     version: int
@@ -142,11 +142,11 @@ class Health:
 
 
 class RolloutEngine(ABC):
-    """Generates completions. Not thread-safe: one caller, the rollout stream.
+    """Base of everything that generates completions. Not thread-safe: one caller, the rollout stream.
 
     Attributes:
-        adapter_rank: With a rank ``update_weights`` takes LoRA adapters alone, see vllm/adapters.py; with None every
-            weight.
+        adapter_rank: Rank of the LoRA adapters that ``update_weights`` takes, see vllm/adapters.py; None: it takes
+            every weight.
     """
 
     adapter_rank: int | None = None
@@ -197,7 +197,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def health(self) -> Health:
-        """State of the engine; never raises for a dead one."""
+        """Return the state of the engine; never raises for a dead one."""
 
     @abstractmethod
     def close(self) -> None:
@@ -205,11 +205,11 @@ class RolloutEngine(ABC):
 
 
 def refusal(request: Request, spec: EngineSpec, vocabulary: int) -> str | None:
-    """Why a request cannot be served, or None when it can.
+    """Say why a request cannot be served, or None when it can.
 
     Args:
-        request: What was asked for.
-        spec: What the engine was started with.
+        request: Request to serve.
+        spec: Facts that the engine was started with.
         vocabulary: Number of token ids that the model knows.
     """
     length = len(request.prompt_token_ids)
@@ -227,10 +227,10 @@ def refusal(request: Request, spec: EngineSpec, vocabulary: int) -> str | None:
 
 
 class ExpectedWeights:
-    """The parameters of a Hugging Face model.
+    """Names, shapes and ties of a Hugging Face model's parameters.
 
     Args:
-        model: The model; only names, shapes and ties are read.
+        model: Model whose parameters they are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -241,14 +241,14 @@ class ExpectedWeights:
 
     @classmethod
     def of(cls, name: str) -> ExpectedWeights:
-        """Of a Hugging Face id or folder, without loading its weights."""
+        """Read them of a Hugging Face id or folder, without loading its weights."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
         model.tie_weights()
         return cls(model)
 
     def once(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Of tied parameters one, under the name that comes first in the model."""
+        """Yield of tied parameters one, under the name that comes first in the model, and all others."""
         sent = set()
         for given, tensor in named_tensors:
             name = self.canonical.get(given, given)

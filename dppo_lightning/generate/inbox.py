@@ -14,20 +14,20 @@ Progress = Callable[[int, int], None]
 
 
 class Inbox:
-    """Training rollouts, held-out evaluation and the parity probe share one engine through it.
+    """Share of one engine among training rollouts, held-out evaluation and the parity probe.
 
     Args:
-        engine: Started.
+        engine: Engine that has been started.
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
         self._deliver: dict[str, Deliver] = {}
-        self._unwanted: set[str] = set()  # of these, what was discarded
+        self._unwanted: set[str] = set()  # those of them that were discarded
 
     @property
     def in_flight(self) -> int:
-        """Requests whose result is still waited for."""
+        """Number of requests whose result is still waited for."""
         return len(self._deliver) - len(self._unwanted)
 
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
@@ -66,7 +66,7 @@ class Inbox:
             self.engine.abort(known)
 
     def fetch(self, requests: Sequence[Request], progress: Progress | None = None) -> dict[str, Completion | Failed]:
-        """Submit requests and wait for all of them; results by request id."""
+        """Submit requests, wait for all of them, and return the results by request id."""
         results: dict[str, Completion | Failed] = {}
         self.submit(requests, lambda result: results.__setitem__(result.request_id, result))
         while len(results) < len(requests):

@@ -23,11 +23,11 @@ from dppo_lightning.generate.engine import (
 )
 
 Script = Callable[[Request, int], tuple[Sequence[int], Sequence[float]]]
-"""Gives the token ids and the log-probs of a request's completion under a weight version."""
+"""Function that gives the token ids and the log-probs of a request's completion under a weight version."""
 
 
 def random_script(vocabulary: int) -> Script:
-    """Uniform tokens: a pure function of (version, prompt, seed); every token has log-prob -log(vocabulary)."""
+    """Make a script of uniform tokens: a pure function of (version, prompt, seed), log-probs -log(vocabulary)."""
 
     def script(request: Request, version: int) -> tuple[Sequence[int], Sequence[float]]:
         generator = np.random.default_rng([version, request.seed, *request.prompt_token_ids])
@@ -39,7 +39,7 @@ def random_script(vocabulary: int) -> Script:
 
 @dataclass
 class _Flight:
-    """A request in flight: when it began and will be due, and what earlier weights already wrote of it."""
+    """Request in flight: when it began and will be due, and what earlier weights already wrote of it."""
 
     request: Request
     began: float
@@ -48,18 +48,18 @@ class _Flight:
 
 
 class ScriptedEngine(RolloutEngine):
-    """Answers from a script. Tokens come evenly over a completion's delay, so an update can meet one half-way.
+    """Engine that answers from a script; tokens come evenly over a completion's delay, so updates meet it half-way.
 
     It has no top-K: a request for them fails.
 
     Args:
-        script: What is answered, cut at the first stop id and at the length limits; None: uniform random tokens.
+        script: Script of the answers, cut at the first stop id and at the length limits; None: uniform random tokens.
         vocabulary: Number of token ids.
         delay: Seconds that each completion takes, or a function of the request.
-        real_time: Wait in real seconds; otherwise ``poll`` moves a clock of its own and never sleeps.
-        failures: Request id -> the reason with which that request fails.
-        dies_after: Completions that the engine delivers before it dies; None: it does not die.
-        check_weights: Refuse weights that are not those of ``spec.model``, as a real engine does.
+        real_time: Whether to wait in real seconds; otherwise ``poll`` moves a clock of its own and never sleeps.
+        failures: Reasons for failures, request id -> the reason with which that request fails.
+        dies_after: Number of completions that the engine delivers before it dies; None: it does not die.
+        check_weights: Whether to refuse weights that are not those of ``spec.model``, as a real engine does.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ class ScriptedEngine(RolloutEngine):
         assert self.spec is not None
         request = flight.request
         tokens, logps = self.script(request, self._version)
-        room = self.spec.max_model_len - len(request.prompt_token_ids)
-        room = min(room, request.sampling.max_new_tokens, len(tokens))
+        left = self.spec.max_model_len - len(request.prompt_token_ids)
+        left = min(left, request.sampling.max_new_tokens, len(tokens))
         written = flight.written
-        while len(written) < int(share * room) and not (written and self._spec_stop(written[-1][0])):
+        while len(written) < int(share * left) and not (written and self._spec_stop(written[-1][0])):
             place = len(written)
             written.append((tokens[place], logps[place], self._version))
 

@@ -26,14 +26,14 @@ from dppo_lightning.generate.engine import (
 
 
 class TransformersEngine(RolloutEngine):
-    """Generates batch after batch with a copy of the model of its own. All work is done inside ``poll``.
+    """Engine that generates batch after batch with a copy of the model. All work is done inside ``poll``.
 
     Every request draws from a generator of its own, and no global one is touched. What else is in the batch changes
     logits by rounding only (about 1e-6), so tokens are the same unless two candidates tie to that precision.
 
     Args:
-        batch_size: Completions generated at a time, >= 1.
-        device: Where the copy lives, e.g. "cpu" or "cuda:1".
+        batch_size: Number of completions generated at a time, >= 1.
+        device: Device of the copy, e.g. "cpu" or "cuda:1".
 
     Raises:
         ConfigError: ``batch_size`` is out of range, or there is no such device.
@@ -83,7 +83,7 @@ class TransformersEngine(RolloutEngine):
                 self._arrived.append(Failed(request.id, reason))
 
     def poll(self, timeout: float | None = None) -> list[Completion | Failed]:
-        """As the base class says; returns at once while paused, when nothing can finish."""
+        """Do as the base class says; return at once while paused, when nothing can finish."""
         decoder = self._running()
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._arrived and not self._paused and (decoder.rows or self._queue):

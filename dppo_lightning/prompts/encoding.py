@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dppo_lightning.base.errors import ConfigError, DataError
 from dppo_lightning.base.pretrained import context_length, load_tokenizer
 from dppo_lightning.base.records import Prompt
-from dppo_lightning.base.special_tokens import beginning, begun, endings, from_beginning, stop_tokens
-from dppo_lightning.prompts.base import Example, PromptSource
+from dppo_lightning.base.special_tokens import Ids, beginning, begun, endings, from_beginning, stop_tokens
+from dppo_lightning.prompts.base import Example, PromptSets, PromptSource
+from dppo_lightning.prompts.chat import AsText, ControlTokens, render
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ def encode(
 ) -> tuple[list[Prompt], int]:
     """Render and tokenise examples.
 
-    Messages are rendered by the tokenizer's chat template, which writes its own special tokens; plain text gets the
-    tokens that the tokenizer puts before a text, unless it begins with them already. Nothing is put after a prompt.
+    Messages are rendered by the tokenizer's chat template, which writes its own special tokens; those that a message
+    holds are encoded as text. Plain text gets the tokens that the tokenizer puts before a text, unless it begins with
+    them already. Nothing is put after a prompt.
 
     Args:
         examples: Examples to encode, at least one for training.
@@ -53,13 +54,16 @@ def encode(
             raise DataError("the training set is empty: give data.prompts at least one question")
         return [], 0
     ids = [f"{split}/{place}" for place in range(len(examples))]
-    texts = [_render(example, tokenizer, name) for example, name in zip(examples, ids, strict=True)]
+    texts = [_text(example, tokenizer, name) for example, name in zip(examples, ids, strict=True)]
     begins = beginning(tokenizer, texts) if any(example.messages is None for example in examples) else ()
     if begins:
         texts = [from_beginning(text, tokenizer, begins) for text in texts]
+    encoded = list(_tokenise(texts, tokenizer))
+    for place, text, row in _chats_as_text(examples, tokenizer, ids, begins):
+        texts[place], encoded[place] = text, row
     rows = [
         begun(row, begins if example.messages is None else (), tokenizer.bos_token_id)
-        for row, example in zip(_tokenise(texts, tokenizer), examples, strict=True)
+        for row, example in zip(encoded, examples, strict=True)
     ]
     ends = endings(tokenizer, stops)
     prompts = []
@@ -125,6 +129,11 @@ def load_prompts(
     longest = min((limit for limit in (max_prompt_tokens, left) if limit), default=None)
     stops = stop_tokens(model, tokenizer)
     sets = source.load()
+    if not isinstance(sets, PromptSets):
+        raise DataError(f"{type(source).__name__}.load returned a {type(sets).__name__}: return PromptSets")
+    for example in (*sets.train, *sets.heldout):
+        if not isinstance(example, Example):
+            raise DataError(f"{type(source).__name__}.load gave a {type(example).__name__}: give Examples")
     train, dropped = encode(sets.train, tokenizer, "train", longest, stops)
     heldout, heldout_dropped = encode(sets.heldout, tokenizer, "heldout", longest, stops)
     if dropped or heldout_dropped:
@@ -133,21 +142,24 @@ def load_prompts(
     return EncodedPrompts(tokenizer, stops, train, heldout, widest if context is None else min(widest, context))
 
 
-def _render(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def _text(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     if (example.prompt is None) == (example.messages is None):
         raise DataError(f"prompt {name} must have either prompt or messages")
-    if example.prompt is not None:
-        return example.prompt
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"prompt {name} is a chat, and the model's tokenizer has no chat template: use plain prompts (without chat "
-            "or messages), or a model with a chat template"
-        )
-    messages = [dict(message) for message in example.messages or ()]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"the model's chat template refuses prompt {name}: {error}") from error
+    return render(example.messages or (), tokenizer, name) if example.prompt is None else example.prompt
+
+
+def _chats_as_text(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], begins: Ids
+) -> Iterator[tuple[int, str, Ids]]:
+    """Place, text and ids of each chat whose messages hold control tokens of the template, which become text."""
+    control = ControlTokens(tokenizer)
+    if not (places := control.holders(examples)):
+        return
+    chats = {place: examples[place].messages or () for place in places}
+    as_text = AsText(control, list(chats.values()))
+    for place, messages in chats.items():
+        marked = from_beginning(render(as_text.marked(messages), tokenizer, names[place]), tokenizer, begins)
+        yield place, as_text.unmarked(marked), as_text.encode(marked, names[place])
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:

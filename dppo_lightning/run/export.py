@@ -20,7 +20,8 @@ from dppo_lightning.base.pretrained import load_config, load_tokenizer
 from dppo_lightning.run.checkpoint_files import read_weights
 from dppo_lightning.run.prepare import check_free, scratch_folder
 from dppo_lightning.run.run_directory import RunDirectory
-from dppo_lightning.train.lora import LoRA, adapt, adapter_weights, merged_weights, peft_config
+from dppo_lightning.sync.named_weights import adapter_weights, merged_weights
+from dppo_lightning.train.lora import LoRA, adapt, peft_config
 
 PREFIX = "policy.model."
 """Beginning of the names of the policy's weights in a checkpoint; their Hugging Face names follow."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from difflib import get_close_matches
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -15,6 +17,7 @@ from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.generate.engine import RolloutEngine
 from dppo_lightning.prompts import PromptSampler, PromptSource
 from dppo_lightning.reward import RewardFunction
+from dppo_lightning.run.values import check_readable, refuse_empty
 
 COMPONENTS: dict[str, tuple[str, type]] = {
     "trust_region": ("trust region", trust_region.TrustRegion),
@@ -31,6 +34,21 @@ COMPONENTS: dict[str, tuple[str, type]] = {
 
 class OneLineParser(LightningArgumentParser):
     """Parser that reports what is wrong with a configuration in one line, as a ConfigError."""
+
+    def parse_path(self, cfg_path: Any, **kwargs: Any) -> Any:
+        """Parse a recipe; jsonargparse raises what reading it raises, and runs for ever on one that holds itself."""
+        check_readable(Path(cfg_path))
+        return super().parse_path(cfg_path, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse a command line; jsonargparse would give an empty value to a constructor, whatever its type."""
+        config = super().parse_args(*args, **kwargs)
+        if self._subcommands_action is not None:  # private, as in ``config_keys``
+            parser, values = self._subcommands_action._name_parser_map[config.subcommand], config[config.subcommand]
+            for action in parser._actions:
+                if (kind := getattr(action, "_typehint", None)) is not None and action.dest in values:
+                    refuse_empty(action.dest, kind, values[action.dest])
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # jsonargparse tries alternatives of a type by such parsers
@@ -53,12 +71,27 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         hint = f"did you mean {near[0]!r}?" if near else "`dppo fit --help` lists the known ones"
         return f"unknown config key {key!r}: {hint}"
     component = re.search(rf'[Kk]ey "(?:[\w.]*\.)?({"|".join(COMPONENTS)})"', line)
+    if not component:
+        return line
+    what, base = COMPONENTS[component[1]]
     given = re.search(r"path string: (\S+)|'class_path': '([^']+)'|Given value: '?([\w.]+)", line)
-    if component and given and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
-        what, base = COMPONENTS[component[1]]
-        name = next(group for group in given.groups() if group)
+    name = next(group for group in given.groups() if group) if given else ""
+    if name and re.search(r"[Ii]mport path|not a subclass|ImportError", line):
         return f"unknown {what} {name!r}; known: {', '.join(known_classes(base))}; or the class_path of your own"
-    return line
+    problem = re.search(r"Problem with given class_path '([^']+)': (.+?)(?: - Expected a <class|$)", line)
+    if problem:
+        return f"{what} {problem[1]!r}: {problem[2].removeprefix('- ')}"
+    unfinished = re.search(r"instantiatable class, but (?:(\S+) )?is abstract", line)
+    return _unfinished(what, base, unfinished[1] or name) if unfinished else line
+
+
+def _unfinished(what: str, base: type, path: str) -> str:
+    """Say what a class that cannot be built lacks; its module is loaded already, or it is ``base`` itself."""
+    module, _, name = path.rpartition(".")
+    kind: Any = getattr(sys.modules.get(module), name, base)
+    if not issubclass(kind, base):
+        return f"{what} {path!r} does not derive from {base.__name__}"
+    return f"{what} {path!r} is unfinished: write {', '.join(sorted(kind.__abstractmethods__))}"
 
 
 def config_keys(parser: LightningArgumentParser) -> list[str]:

@@ -6,7 +6,9 @@ import argparse
 import importlib.util
 import logging
 import os
-from collections.abc import Generator
+import shlex
+import time
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,10 +27,15 @@ from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.scaling.resume import is_universal, ranks_of
 from dppo_lightning.scaling.sharding import ShardingStrategy
 
+log = logging.getLogger(__name__)
+
 Offload = Literal["none", "cpu", "nvme"]
 
 EXTENSIONS = Path("~/.cache/dppo-lightning/torch_extensions")
 """Folder of DeepSpeed's compiled operations, unless TORCH_EXTENSIONS_DIR names another."""
+
+STALE_SECONDS = 3600.0
+"""Age of a lock, in seconds, from which its build is taken for dead: a build takes minutes."""
 
 
 class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
@@ -107,6 +114,11 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
             os.environ["DS_ACCELERATOR"] = "cpu"
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS.expanduser()))
+        if self.global_rank == 0 and (locks := stale_locks([Path(os.environ["TORCH_EXTENSIONS_DIR"])], time.time())):
+            log.warning(
+                "a build of a DeepSpeed operation was killed, and a run that needs the operation waits for ever for "
+                f"its lock: if nothing is being compiled, rm {' '.join(map(shlex.quote, locks))}"
+            )
         import deepspeed
 
         deepspeed.utils.logging.logger.setLevel(logging.WARNING)
@@ -234,6 +246,25 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+
+def stale_locks(folders: Iterable[Path], now: float) -> list[str]:
+    """Find the locks of killed builds of DeepSpeed operations; a run that needs such a one waits for ever, silently.
+
+    Args:
+        folders: Folders that may hold a folder for each extension that torch has built.
+        now: Present time, in seconds since the epoch.
+    """
+    locks = {lock for folder in folders for depth in ("*", "*/*") for lock in folder.glob(f"{depth}/lock")}
+    return sorted(str(lock) for lock in locks if now - _written(lock, now) > STALE_SECONDS)
+
+
+def _written(path: Path, now: float) -> float:
+    """Time of a file's last change, in seconds since the epoch; ``now`` where a build has just removed it."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return now
 
 
 def gathered_parameters(parameters: list[Any]) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Named weights to send to the engine: whole tensors from shards."""
+"""Named weights to send to the engine: whole tensors from shards, LoRA adapters merged into them or alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dppo_lightning.scaling.zero import gathered_parameters
@@ -17,6 +17,9 @@ BUCKET_BYTES = 512 << 20
 """Largest number of bytes of weights that are whole at a time for an engine, beyond the shards.
 
 A tensor that is larger is a bucket of its own."""
+
+ADAPTER = "default"
+"""Name of the adapters among those that peft could put on one model."""
 
 
 def gathered_weights(
@@ -43,6 +46,62 @@ def gathered_weights(
         for bucket in buckets:
             for _ in _whole(bucket):
                 pass
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight with its adapter added, each computed when it is asked for; the model stays as it is.
+
+    A layer's own weight is given as W + (alpha / rank) B A under W's name. Collective where the model is in shards.
+    """
+    base: dict[str, Tensor] = {}  # of the one layer whose adapter has not come yet: its parts follow one another
+    low: dict[str, Tensor] = {}
+    for name, tensor in gathered_weights(model.named_parameters()):
+        owner, _, kind = name.rpartition(".base_layer.")
+        if ".lora_A." in name:
+            low[name.rpartition(".lora_")[0]] = tensor
+        elif ".lora_B." in name:
+            owner = name.rpartition(".lora_")[0]
+            layer: Any = model.get_submodule(owner)
+            yield f"{owner}.weight", _added(layer, base.pop(owner), low.pop(owner), tensor)
+        elif owner and kind == "weight":
+            base[owner] = tensor
+        else:
+            yield (f"{owner}.{kind}" if owner else name), tensor
+
+
+@torch.no_grad()
+def _added(layer: Any, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return W + (alpha / rank) B A."""
+    with torch.autocast(weight.device.type, enabled=False):
+        product = high @ low
+        return weight + (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter's name is that of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters alone, under the names of peft's file format; they must not be in shards."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if is_adapter(name)
+    }
+
+
+@torch.no_grad()
+def scaled_adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the adapters alone, as ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``; alpha / rank is part of B.
+
+    Collective where the model is in shards.
+    """
+    adapters = ((name, parameter) for name, parameter in model.named_parameters() if is_adapter(name))
+    for name, tensor in gathered_weights(adapters):
+        owner = name.rpartition(".lora_")[0]
+        scale = model.get_submodule(owner).scaling[ADAPTER] if ".lora_B." in name else 1.0  # type: ignore[index]
+        yield name.replace(f".{ADAPTER}.", "."), tensor * scale
 
 
 def full_copy(parameter: Tensor) -> Tensor:

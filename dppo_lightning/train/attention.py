@@ -32,7 +32,7 @@ positions, find several sequences in the row, and build a mask of [T, T]."""
 
 
 def supports_segments(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be replaced by ours: every layer attends to all that came before.
+    """Tell whether the model's attention can be replaced by ours: every layer attends to all that came before.
 
     Sliding windows, attention softcaps and sinks, recurrent layers, and attention that does not go through
     transformers' interface say no.
@@ -96,7 +96,10 @@ class _Sizes:
 def _attend(
     queries: Float[Tensor, "T hd"], memory: Float[Tensor, "T kd"], block: Block, sizes: _Sizes, scaling: float | None
 ) -> Float[Tensor, "bQ hd"]:
-    """One block. ``embedding`` is the gather whose gradient, a sum over repeated rows, is quick on every device."""
+    """Attend within one block.
+
+    ``embedding`` is the gather whose gradient, a sum over repeated rows, is quick on every device.
+    """
     index = block.own if block.context is None else torch.cat([block.context, block.own], dim=1)
     b, own = block.own.shape
     kv_heads, share = sizes.kv_heads, sizes.heads // sizes.kv_heads

@@ -82,7 +82,7 @@ class PolicyHead(Projection):
         diagnostics: Mapping[str, DivergenceMask] | None = None,
         entropy: bool = True,
     ) -> HeadOutput | Float[Tensor, " N"]:
-        """Loss and statistics under ``objective``; with no objective only the log-probs, [N] without gradient.
+        """Compute loss and statistics under ``objective``; with none only the log-probs, [N] without gradient.
 
         No token at all gives a zero loss that is still connected to the graph, and asks nothing of the region. Entropy
         costs two passes over each chunk: without ``entropy`` it is computed only for a region or a bonus that needs it.
@@ -132,7 +132,7 @@ class _Work:
         bias: Float[Tensor, " V"] | None,
         trained: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The loss, and its gradient with respect to hidden states and, where ``trained``, weight and bias."""
+        """Compute the loss, and its gradient by hidden states and, where ``trained``, by weight and bias."""
         chunks = self._chunks(len(hidden))
         longest = max((rows.stop - rows.start for rows in chunks), default=0)
         self.tables = Tables(longest, weight)
@@ -144,15 +144,15 @@ class _Work:
         planned = self._plan_sequences(hidden, weight, bias) if by_sequence else None
         for rows in chunks:
             normalised, probabilities, log_total = self._distribution(hidden[rows], weight, bias)
-            seen = self._see(rows, normalised, probabilities)
+            stats = self._chunk_stats(rows, normalised, probabilities)
             if planned is None:
-                chunk_loss, grad_logp, grad_entropy = self._differentiate(seen, rows)
+                chunk_loss, grad_logp, grad_entropy = self._differentiate(stats, rows)
                 loss += chunk_loss
             else:
                 grad_logp, grad_entropy = planned.grad_logp[rows], _rows(planned.grad_entropy, rows)
-            self._diagnose(seen)
+            self._diagnose(stats)
             grad = logit_gradient_(
-                normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy, self.room
+                normalised, probabilities, self.batch.targets[rows], grad_logp, grad_entropy, self.scratch
             )
             if self.head.transform.softcap is not None:
                 normalised.add_(log_total)
@@ -164,12 +164,13 @@ class _Work:
         return loss, grads.hidden, grads.weight, grads.bias
 
     @property
-    def room(self) -> Float[Tensor, "r V"]:
+    def scratch(self) -> Float[Tensor, "r V"]:
+        """Rows of the tables for intermediate results."""
         assert self.tables is not None
-        return self.tables.room
+        return self.tables.scratch
 
     def _chunks(self, tokens: int) -> list[slice]:
-        """Half as long where whole distributions are compared: that takes some three tables more."""
+        """Cut tokens into chunks, half as long where whole distributions are compared: that takes three tables more."""
         chunks = list(self.head.chunks(tokens))
         most = max(self.head.most_tokens // 2, 1)
         if "full" not in self.needs or all(rows.stop - rows.start <= most for rows in chunks):
@@ -181,16 +182,16 @@ class _Work:
     def _distribution(
         self, hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
     ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"], Float[Tensor, "n 1"]]:
-        """log pi and pi at every id, in the tables, and the log of what normalised them."""
+        """Write log pi and pi at every id into the tables; return both, and the log of what normalised them."""
         assert self.tables is not None
         logits = self.head.logits(hidden, weight, bias, self.tables)
         probabilities = self.tables.probabilities[: len(hidden)]
-        return logits, probabilities, normalise_(logits, probabilities, self.tables.room)
+        return logits, probabilities, normalise_(logits, probabilities, self.tables.scratch)
 
-    def _see(
+    def _chunk_stats(
         self, rows: slice, normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], whole: bool = True
-    ) -> _Seen:
-        """Statistics of a chunk; both whole distributions too, where something compares them."""
+    ) -> _ChunkStats:
+        """Collect the statistics of a chunk; both whole distributions too, where something compares them."""
         batch = self.batch
         topk_logp = rollout_topk = None
         if "topk" in self.needs and batch.topk_ids is not None:
@@ -202,18 +203,18 @@ class _Work:
             recomputed_logp=_rows(batch.recomputed_logp, rows),
             topk_logp=topk_logp,
             rollout_topk_logp=rollout_topk,
-            entropy=entropy_of(normalised, probabilities, self.room) if self.wants_entropy else None,
+            entropy=entropy_of(normalised, probabilities, self.scratch) if self.wants_entropy else None,
             age=_rows(self.age, rows),
             sequence=batch.sequence[rows],
             position=batch.position[rows],
             chosen=_rows(batch.chosen, rows),
         )
         if not whole or "full" not in self.needs:
-            return _Seen(tokens, None)
-        return _Seen(tokens, replace(tokens, topk_logp=normalised, rollout_topk_logp=self._rollout_table(rows)))
+            return _ChunkStats(tokens, None)
+        return _ChunkStats(tokens, replace(tokens, topk_logp=normalised, rollout_topk_logp=self._rollout_table(rows)))
 
     def _rollout_table(self, rows: slice) -> Float[Tensor, "n V"]:
-        """log mu at every id, rebuilt from what was kept before the rollout's first step."""
+        """Rebuild log mu at every id from what was kept before the rollout's first step."""
         head, hidden = self.head, self.batch.rollout_hidden
         if hidden is None or head.rollout_weight is None:
             raise TokenStatsError(
@@ -223,12 +224,12 @@ class _Work:
         tables = self.rollout_tables
         assert tables is not None
         table = head.logits(hidden[rows], head.rollout_weight, head.rollout_bias, tables)
-        normalise_(table, None, tables.room)
+        normalise_(table, None, tables.scratch)
         return table
 
-    def _differentiate(self, seen: _Seen, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weighted loss of these tokens and its derivatives by log-prob and entropy; statistics are collected."""
-        tokens = seen.by(self.objective.region)
+    def _differentiate(self, stats: _ChunkStats, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute the weighted loss of tokens, and its derivatives by log-prob and entropy; collect statistics."""
+        tokens = stats.for_region(self.objective.region)
         with torch.enable_grad():
             logp = tokens.logp.detach().requires_grad_()
             entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
@@ -242,13 +243,15 @@ class _Work:
         grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
         return total.detach(), grad_logp, grad_entropy if entropy is not None else None
 
-    def _diagnose(self, seen: _Seen) -> None:
+    def _diagnose(self, stats: _ChunkStats) -> None:
+        """Measure the divergences that are asked for beside the region's own."""
         for name, region in self.diagnostics.items():
-            tokens = seen.by(region)
+            tokens = stats.for_region(region)
             check_tokens(region, tokens)
             self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(tokens))
 
     def _collect(self, tokens: TokenStats, result: TokenLoss) -> None:
+        """Keep what the output has of these tokens."""
         found = {
             "logp": tokens.logp,
             "token_loss": result.loss,
@@ -265,12 +268,12 @@ class _Work:
     def _plan_sequences(
         self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
     ) -> _Planned:
-        """First pass of a sequence-scope region: statistics of every token, the region on all of them at once."""
+        """Run the first pass of a sequence-scope region, which is given every token at once."""
         pieces: list[TokenStats] = []  # [N] and [N, K + 1] only: a whole-vocabulary region is never of this scope
         for rows in self._chunks(len(hidden)):
             normalised, probabilities, _ = self._distribution(hidden[rows], weight, bias)
-            pieces.append(self._see(rows, normalised, probabilities, whole=False).tokens)
-        loss, grad_logp, grad_entropy = self._differentiate(_Seen(concatenated(pieces), None), slice(None))
+            pieces.append(self._chunk_stats(rows, normalised, probabilities, whole=False).tokens)
+        loss, grad_logp, grad_entropy = self._differentiate(_ChunkStats(concatenated(pieces), None), slice(None))
         return _Planned(loss, grad_logp, grad_entropy)
 
     def output(self, loss: Tensor) -> HeadOutput:
@@ -291,19 +294,21 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _ChunkStats:
     """Statistics of a chunk's tokens, and the same with both whole distributions as their top-K tables."""
 
     tokens: TokenStats
     whole: TokenStats | None
 
-    def by(self, region: TrustRegion) -> TokenStats:
-        """What ``region`` is given."""
+    def for_region(self, region: TrustRegion) -> TokenStats:
+        """Return the statistics that ``region`` reads."""
         return self.whole if self.whole is not None and "full" in region.needs else self.tokens
 
 
 @dataclass(frozen=True)
 class _Planned:
+    """Loss and derivatives of all tokens, from the first pass of a sequence-scope region."""
+
     loss: Tensor
     grad_logp: Float[Tensor, " N"]
     grad_entropy: Float[Tensor, " N"] | None

@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """From the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
+    """Map from the LM head's product z to the logits that are sampled from: softcap(z * scale) / temperature.
 
     Args:
         scale: Multiplies z (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``), > 0.
         softcap: cap * tanh(z / cap) (Gemma's ``final_logit_softcapping``); None for none.
-        temperature: Of sampling, > 0.
+        temperature: Temperature of sampling, > 0.
     """
 
     scale: float = 1.0
@@ -29,16 +29,16 @@ class LogitTransform:
     def of_model(
         cls, config: Any, product: Float[Tensor, "n V"], logits: Float[Tensor, "n V"], temperature: float
     ) -> LogitTransform | None:
-        """The transform that makes the model's own ``logits`` of the ``product``, or None where there is none.
+        """Find the transform that makes the model's own ``logits`` of the ``product``; None where there is none.
 
         Scales and caps stand in configs under a dozen names, and the same name multiplies in one model and divides in
         another: so a config says which numbers there are, and the model's logits say what is done with them.
 
         Args:
             config: Hugging Face config.
-            product: Of the model's last hidden states and its output projection.
+            product: Product of the model's last hidden states and its output projection.
             logits: What the model made of it, in the same pass.
-            temperature: Of sampling.
+            temperature: Temperature of sampling.
         """
         step = max(1, product.numel() // _COMPARED)
         z, y = (table.flatten()[::step].double() for table in (product, logits))
@@ -65,7 +65,7 @@ class LogitTransform:
         return z.div_(self.temperature) if self.temperature != 1.0 else z
 
     def backward_(self, grad: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-        """dloss/dz from dloss/dlogits, in place; ``logits`` is what ``apply_`` returned."""
+        """Turn dloss/dlogits into dloss/dz, in place; ``logits`` is what ``apply_`` returned."""
         if self.softcap is not None:
             tanh = logits * (self.temperature / self.softcap)
             grad.mul_(1 - tanh.square_())
@@ -77,7 +77,7 @@ _COMPARED = 1 << 14
 
 
 def _numbers(config: Any) -> dict[str, float]:
-    """Every positive number that stands in a config, by name."""
+    """Find every positive number that stands in a config, by name."""
     named = config.to_dict().items()
     return {key: float(n) for key, n in named if type(n) in (int, float) and 0 < n < float("inf")}
 
@@ -85,7 +85,7 @@ def _numbers(config: Any) -> dict[str, float]:
 def _scale(
     z: Float[Tensor, " n"], y: Float[Tensor, " n"], softcap: float | None, numbers: Iterable[float], exact: float
 ) -> float | None:
-    """The factor by which z becomes y under this softcap: the config's own number where one is that near."""
+    """Find the factor by which z becomes y under this softcap: the config's own number where one is that near."""
     if softcap is not None:
         steep = y.abs() < 0.9 * softcap  # beyond, y says little about z
         z, y = z[steep], softcap * torch.atanh(y[steep] / softcap)
@@ -107,7 +107,7 @@ class Tables:
         self.logits = torch.empty(shape, dtype=torch.float32, device=device)
         self.probabilities = torch.empty_like(self.logits if probabilities else self.logits[:0])
         rows = max(1, min(tokens, (1 << 20) // shape[1]))  # fits a cache
-        self.room = torch.empty((rows, shape[1]), dtype=torch.float32, device=device)
+        self.scratch = torch.empty((rows, shape[1]), dtype=torch.float32, device=device)
         self.product = self.logits if dtype == torch.float32 else torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -159,7 +159,7 @@ class Gradients:
 
 
 def _add_rounded(total: Float[Tensor, "V H"], product: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"]) -> None:
-    """Sum in fp32 what is multiplied in less, a piece of the vocabulary at a time, so that no second [V, H] is."""
+    """Add product.T @ hidden to a sum in fp32, a piece of the vocabulary at a time: a second [V, H] is never made."""
     for part, piece in zip(total.split(_PIECE), product.split(_PIECE, dim=1), strict=True):
         part += piece.t() @ hidden
 
@@ -168,7 +168,7 @@ _PIECE = 4096
 
 
 def normalise_(
-    logits: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"] | None, room: Float[Tensor, "r V"]
+    logits: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"] | None, scratch: Float[Tensor, "r V"]
 ) -> Float[Tensor, "n 1"]:
     """Log-softmax in place, and softmax into ``probabilities``; returns the log of the sum of exponentials.
 
@@ -178,7 +178,7 @@ def normalise_(
     largest = logits.amax(dim=-1, keepdim=True)
     logits.sub_(largest)
     if probabilities is None:
-        total = row_sums(room, len(logits), lambda rows, out: torch.exp(logits[rows], out=out))[:, None]
+        total = row_sums(scratch, len(logits), lambda rows, out: torch.exp(logits[rows], out=out))[:, None]
     else:
         total = torch.exp(logits, out=probabilities).sum(dim=-1, keepdim=True)
         probabilities.div_(total)
@@ -188,20 +188,20 @@ def normalise_(
 
 
 def entropy_of(
-    normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], room: Float[Tensor, "r V"]
+    normalised: Float[Tensor, "n V"], probabilities: Float[Tensor, "n V"], scratch: Float[Tensor, "r V"]
 ) -> Float[Tensor, " n"]:
     def products(rows: slice, out: Tensor) -> Tensor:
         return torch.mul(probabilities[rows], normalised[rows], out=out)
 
-    return row_sums(room, len(normalised), products).neg_()
+    return row_sums(scratch, len(normalised), products).neg_()
 
 
-def row_sums(room: Float[Tensor, "r V"], n: int, write: Callable[[slice, Tensor], Tensor]) -> Float[Tensor, " n"]:
-    """Sums over the vocabulary of what ``write`` puts for n rows into a room of r."""
-    sums = torch.empty(n, dtype=room.dtype, device=room.device)
-    for start in range(0, n, len(room)):
-        rows = slice(start, min(start + len(room), n))
-        torch.sum(write(rows, room[: rows.stop - start]), dim=-1, out=sums[rows])
+def row_sums(scratch: Float[Tensor, "r V"], n: int, write: Callable[[slice, Tensor], Tensor]) -> Float[Tensor, " n"]:
+    """Sum over the vocabulary what ``write`` puts for n rows into ``scratch``, r rows at a time."""
+    sums = torch.empty(n, dtype=scratch.dtype, device=scratch.device)
+    for start in range(0, n, len(scratch)):
+        rows = slice(start, min(start + len(scratch), n))
+        torch.sum(write(rows, scratch[: rows.stop - start]), dim=-1, out=sums[rows])
     return sums
 
 
@@ -211,32 +211,32 @@ def logit_gradient_(
     targets: Int[Tensor, " n"],
     grad_logp: Float[Tensor, " n"],
     grad_entropy: Float[Tensor, " n"] | None,
-    room: Float[Tensor, "r V"],
+    scratch: Float[Tensor, "r V"],
 ) -> Float[Tensor, "n V"]:
-    """dloss/dlogits = g (1[target] - p) - e p (log p + H), written over ``probabilities``."""
+    """Write dloss/dlogits = g (1[target] - p) - e p (log p + H) over ``probabilities``."""
     if grad_entropy is None:
         probabilities.mul_(-grad_logp[:, None])
     else:
-        entropy = entropy_of(normalised, probabilities, room)[:, None]
+        entropy = entropy_of(normalised, probabilities, scratch)[:, None]
         probabilities.mul_(-grad_logp[:, None] - grad_entropy[:, None] * (normalised + entropy))
     return probabilities.scatter_add_(1, targets[:, None], grad_logp[:, None])
 
 
 def product_dtype_of(weight: Tensor) -> torch.dtype:
-    """The dtype of the head's matrix products: autocast's where it is on, else the weight's."""
+    """Dtype of the head's matrix products: autocast's where it is on, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def sums_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products are left unrounded: where ``unrounded_product`` can make them."""
+    """Tell whether products are left unrounded: where ``unrounded_product`` can make them."""
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def unrounded_product(
     hidden: Float[Tensor, "n H"], weight: Float[Tensor, "V H"], out: Float[Tensor, "n V"] | None = None
 ) -> Float[Tensor, "n V"]:
-    """hidden @ weight.T of bf16 numbers, multiplied as bf16, summed and returned in float32; on the CPU.
+    """Compute hidden @ weight.T of bf16 numbers, multiplied as bf16, summed and returned in float32; on the CPU.
 
     ``torch.mm`` of bf16 tensors rounds its result to bf16, and its ``out_dtype`` is for GPUs. But a float32 product
     that may be computed in bf16 rounds its arguments, which bf16 numbers survive, and nothing else. A piece of the

@@ -93,7 +93,9 @@ def check_names(values: Mapping[str, float]) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class _Total:
-    """One statistic so far. What is not a number stays so: torchmetrics drops it, and a loss of NaN would read 0.
+    """Statistic of the values so far.
+
+    What is not a number stays so: torchmetrics drops it, and a loss of NaN would read 0.
 
     Attributes:
         kind: What becomes of it.
@@ -107,7 +109,7 @@ class _Total:
 
     @classmethod
     def of(cls, kind: Kind, values: Tensor, weight: float) -> _Total:
-        """Of at least one value; each has the weight."""
+        """Make the total of at least one value; each has the weight."""
         value = values.amax() if kind == "max" else values.sum() * (weight if kind == "mean" else 1.0)
         return cls(kind, value, torch.full_like(value, values.numel() * weight))
 
@@ -173,14 +175,14 @@ class StepMetrics:
         self._totals[name] = self._totals[name].plus(more) if name in self._totals else more
 
     def compute_and_reset(self) -> dict[str, float]:
-        """The step's values over all ranks, collective; a statistic of no token at all is left out."""
+        """Return the step's values over all ranks, collective; a statistic of no token at all is left out."""
         values = {name: total.result() for name, total in _over_ranks(self._totals).items()}
         self._totals.clear()
         return values
 
 
 def _over_ranks(totals: dict[str, _Total]) -> dict[str, _Total]:
-    """Every rank's totals as one; a rank without a token lacks some."""
+    """Join every rank's totals; a rank without a token lacks some."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return totals
     ranks: list[dict[str, _Total]] = [{} for _ in range(torch.distributed.get_world_size())]
@@ -194,7 +196,7 @@ def _over_ranks(totals: dict[str, _Total]) -> dict[str, _Total]:
 
 
 def group_metrics(groups: list[Group]) -> dict[str, float]:
-    """``train/...``: rewards and lengths of the groups that an optimizer step trains on; nothing of no group."""
+    """Compute ``train/...``: rewards and lengths of the groups that an optimizer step trains on; no group, no value."""
     if not groups:
         return {}
     rewards = np.concatenate([np.asarray(group.rewards) for group in groups])
@@ -210,11 +212,11 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def heldout_metrics(groups: list[Group], solved_at: float) -> dict[str, float]:
-    """Means over held-out prompts.
+    """Compute means over held-out prompts.
 
     Args:
-        groups: Rewarded; one for each held-out prompt, k completions each.
-        solved_at: A completion is solved when its reward is at least this.
+        groups: Rewarded groups, one for each held-out prompt, k completions each.
+        solved_at: Reward from which on a completion counts as solved.
 
     Returns:
         ``heldout/reward``; ``heldout/avg_at_k``: mean share solved; ``heldout/pass_at_k``: share of prompts with at
@@ -258,7 +260,7 @@ class StepLog:
         self.step, self._started = step, self.clock()
 
     def end_micro_batch(self) -> Span:
-        """Stop counting; the span of the micro-batch."""
+        """Stop counting, and return the span of the micro-batch."""
         ended = self.clock()
         self.seconds += ended - self._started
         return Span("train", self._started, ended, self.step)
@@ -279,7 +281,7 @@ ON_THE_BAR = {
     "mismatch": "train/mismatch_tv",
     "tokens/s": "perf/trained_tokens_per_s",
 }
-"""What a person watches: name on the progress bar -> metric."""
+"""Metrics that a person watches: name on the progress bar -> metric."""
 
 
 def log_step(module: pl.LightningModule, values: dict[str, float], step: int) -> None:

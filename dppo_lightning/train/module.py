@@ -345,6 +345,6 @@ class DPPOModule(EvaluationHooks):
         if "chosen" not in self.region.needs:
             return batches
         started = time.perf_counter()
-        batches = self.scorer.choose(self.region, batches)
+        batches = self.scorer.with_choice(self.region, batches)
         self.step_log.values["time/choose"] = time.perf_counter() - started
         return batches

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion
+from dppo_lightning.trust_region.divergence import DivergenceMask
 
 KLKind = Literal["k1", "k2", "k3"]
 
@@ -41,7 +42,7 @@ class ReferenceKL:
 
 
 def kl_estimate(logp: Float[Tensor, " N"], reference_logp: Float[Tensor, " N"], kind: KLKind) -> Float[Tensor, " N"]:
-    """Per-token estimate of KL(pi || ref), differentiable in ``logp``."""
+    """Estimate KL(pi || ref) of each token, differentiable in ``logp``."""
     log_ratio = logp - reference_logp
     if kind == "k1":
         return log_ratio
@@ -66,8 +67,8 @@ class Objective(nn.Module):
 
     Args:
         region: The trust region.
-        kl: Its coefficient counts here only when ``kl.where`` is "loss".
-        entropy_coefficient: >= 0.
+        kl: Pull towards the reference; its coefficient counts here only when ``kl.where`` is "loss".
+        entropy_coefficient: Weight of the entropy bonus, >= 0.
 
     Raises:
         ConfigError: The entropy coefficient is negative, or the region asks for what cannot be given.
@@ -98,13 +99,15 @@ class Objective(nn.Module):
 
 
 def check_needs(region: TrustRegion) -> None:
-    """Refuse a region that asks for what the head cannot give it.
+    """Refuse a region that is unfinished, or asks for what the head cannot give it.
 
     Raises:
-        ConfigError: It needs something unknown, "topk" without k, "topk" and "full" at once, "full" over sequences, or
-            "chosen" without a ``choose``.
+        ConfigError: It is not initialised, or lacks ``forward`` or ``divergence``; it needs something unknown, "topk"
+            without k, "topk" and "full" at once, "full" over sequences, or "chosen" without a ``choose``.
     """
     name, needs = type(region).__name__, region.needs
+    if "anchor" not in vars(region):
+        raise ConfigError(f"{name} is not initialised: its __init__ must begin with super().__init__()")
     known = {"topk", "recomputed_logp", "entropy", "full", "age", "chosen"}
     if needs - known:
         raise ConfigError(f"{name}: needs must be among {sorted(known)}, got {sorted(needs - known)}")
@@ -116,6 +119,9 @@ def check_needs(region: TrustRegion) -> None:
         raise ConfigError(f'{name} needs "topk" and "full", which share one table: choose one of them')
     if "full" in needs and region.scope == "sequence":
         raise ConfigError(f'{name} needs "full", whose tables exist for one chunk at a time: its scope must be "token"')
+    for method, unwritten in (("forward", TrustRegion.forward), ("divergence", DivergenceMask.divergence)):
+        if getattr(type(region), method, None) is unwritten:
+            raise ConfigError(f"{name} has no {method}: write the method, see docs/write-your-own.md")
 
 
 def check_staleness(region: TrustRegion, needs: frozenset[str], ahead: int) -> None:

@@ -22,9 +22,10 @@ from dppo_lightning.base.packing import Layout
 from dppo_lightning.base.pretrained import backbone_name, load_model
 from dppo_lightning.scaling.sharding import shard, shard_frozen
 from dppo_lightning.scaling.zero import ZeroStrategy
+from dppo_lightning.sync.named_weights import merged_weights, scaled_adapters
 from dppo_lightning.train import attention
 from dppo_lightning.train.head import PolicyHead
-from dppo_lightning.train.lora import LoRA, adapt, merged_weights, scaled_adapters
+from dppo_lightning.train.lora import LoRA, adapt
 from dppo_lightning.train.model_check import as_loaded, ask, check
 
 
@@ -57,21 +58,21 @@ class Policy(KeepsBuffers):
 
     Args:
         name: Hugging Face id or folder.
-        temperature: Of sampling; divides the logits.
-        logits_mib: Memory of one chunk of logits, see PolicyHead.
+        temperature: Temperature of sampling; divides the logits.
+        logits_mib: Memory of one chunk of logits, in MiB, see PolicyHead.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         shared_prompts: Run micro-batches without padding, and a group's prompt once for all its completions, where the
             model's attention allows it.
         lora: Train adapters on the model instead of the model; None: the model itself.
         frozen: Name patterns of parameters that are not trained.
-        seed: Of the adapters' first values.
+        seed: Seed of the adapters' first values.
         longest: Length of the longest sequence, in tokens, which the engine is told too; None: the model's context.
 
     Attributes:
-        layout: What ``pack`` is to make of sequences for this model: "packed", or "rows" where ``shared_prompts`` is
+        layout: Layout in which ``pack`` lays sequences for this model: "packed", or "rows" where ``shared_prompts`` is
             off, the model has attention that cannot be replaced (a sliding window, a softcap, recurrent layers), or the
             model computes something else when it is packed.
-        why_rows: Which of these it is; empty when packed.
+        why_rows: Reason for rows, in words; empty when packed.
 
     Raises:
         ConfigError: The model cannot be found or is no causal LM, or has nothing of the name that ``lora`` or
@@ -107,7 +108,7 @@ class Policy(KeepsBuffers):
             self.layout, self.why_rows = check(self, told, shared_prompts)
 
     def train(self, mode: bool = True) -> Policy:
-        """Training mode, for the layers that recompute their activations alone: they do it in no other.
+        """Set training mode for the layers that recompute their activations alone: they do it in no other.
 
         Nothing else may be in it. It turns on dropout and the noise of routers, and the trainer's log-probs must be
         those of the policy that samples.
@@ -132,17 +133,17 @@ class Policy(KeepsBuffers):
         return self.head(self.hidden_states(batch), batch)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under its Hugging Face name, once: of tied parameters the first name.
+        """Yield every weight, whole, under its Hugging Face name, once: of tied parameters the first name.
 
         Adapters are merged. Over several ranks with shards it is collective, see sync/named_weights.py.
         """
         return merged_weights(self.model)
 
     def weights_for(self, adapter_rank: int | None) -> Iterator[tuple[str, Tensor]]:
-        """What an update of an engine takes: every weight, or adapters alone.
+        """Yield what an update of an engine takes: every weight, or adapters alone.
 
         Args:
-            adapter_rank: Of the adapters that the engine takes; None: it takes every weight.
+            adapter_rank: Rank of the adapters that the engine takes; None: it takes every weight.
 
         Raises:
             ConfigError: The engine takes adapters, and the policy has none or others.
@@ -159,7 +160,7 @@ class Policy(KeepsBuffers):
 
 
 def _attends(batch: TrainingBatch) -> dict[str, Any]:
-    """What tells the model how the row attends; a mask with four dimensions is handed on as it is."""
+    """Make the arguments that tell the model how the row attends; a mask of four dimensions is handed on as it is."""
     if batch.segments is None:
         return {}
     unused = torch.ones(attention.UNUSED, dtype=torch.bool, device=batch.input_ids.device)
@@ -168,7 +169,7 @@ def _attends(batch: TrainingBatch) -> dict[str, Any]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before ``lora.adapt``, for as long as the context lasts; for passes without gradient."""
+    """Context in which the model is as it was before ``lora.adapt``; for passes without gradient."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -185,14 +186,14 @@ class Unadapted:
     """The reference of a policy with adapters: the same model without them. Nothing is copied.
 
     Args:
-        policy: Its log-probs are those of the model that was loaded, whenever they are asked of this object.
+        policy: Policy whose adapters are switched off while its log-probs are asked of this object.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
     def to(self, device: torch.device) -> Unadapted:
-        """Nothing to move: the policy is where it trains."""
+        """Do nothing: the policy is where it trains."""
         return self
 
     def logp(self, batch: TrainingBatch) -> Float[Tensor, " N"]:
@@ -205,8 +206,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Take parameters out of training, in place.
 
     Args:
-        model: Its parameters' names are matched; a tied parameter has every one of its names, and is frozen by any.
-        patterns: As of file names: ``model.embed_tokens.*``.
+        model: Model whose parameters' names are matched; a tied parameter is frozen by any of its names.
+        patterns: Patterns as of file names: ``model.embed_tokens.*``.
 
     Raises:
         ConfigError: A pattern matches nothing, or nothing is left to train.

@@ -28,7 +28,7 @@ class Projection(nn.Module):
 
     Args:
         projection: The model's output projection, ``weight`` [V, H] and optional ``bias`` [V].
-        transform: From its product to the logits that are sampled from.
+        transform: Transform from its product to the logits that are sampled from.
         logits_mib: Memory of one chunk of fp32 logits, in MiB; a chunk holds at least one token. Two such tables are
             alive at a time; with bf16 products half a table more.
     """
@@ -44,7 +44,7 @@ class Projection(nn.Module):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype of the head's matrix products here and now: autocast's where it is on, else the weight's."""
+        """Dtype of the head's matrix products here and now: autocast's where it is on, else the weight's."""
         return product_dtype_of(self.weight)
 
     def remember_rollout(self) -> None:
@@ -68,7 +68,7 @@ class Projection(nn.Module):
         )
 
     def logp(self, hidden: Float[Tensor, "N H"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Float32 log-probs of the targets, without gradient."""
+        """Compute the float32 log-probs of the targets, without gradient."""
         logp = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         weight = self.weight.to(self.product_dtype)
         for rows in self.chunks(len(hidden)):
@@ -80,11 +80,11 @@ class Projection(nn.Module):
 
     @property
     def most_tokens(self) -> int:
-        """Tokens in a chunk, at most."""
+        """Largest number of tokens in a chunk."""
         return max(1, (self.logits_mib << 20) // (4 * self.weight.shape[0]))
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Slices of equal size, at most what the memory budget allows; none where there are no tokens.
+        """Cut tokens into slices of equal size, at most what the memory budget allows; no token, no slice.
 
         Equal, because every chunk costs a pass over the gradient of the whole weight, however few tokens it has.
         """
@@ -99,7 +99,7 @@ class Projection(nn.Module):
         bias: Float[Tensor, " V"] | None,
         tables: Tables | None = None,
     ) -> Float[Tensor, "n V"]:
-        """Float32 logits of some tokens, in ``tables`` if given; product is in the weight's dtype or autocast's.
+        """Compute float32 logits of tokens, in ``tables`` if given; products are in the weight's dtype or autocast's.
 
         On the CPU a bf16 product is not rounded to bf16: rounded logits put the entropy of a token off by 3e-3 nats.
         The bias is added to float32, whatever the product was rounded to.
@@ -108,8 +108,8 @@ class Projection(nn.Module):
         if sums_in_float32(dtype, hidden.device):
             logits = unrounded_product(hidden, weight, None if tables is None else tables.logits[:n])
         else:
-            room = None if tables is None else tables.product[:n]
-            product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=room)
+            out = None if tables is None else tables.product[:n]
+            product = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=out)
             logits = product.float() if tables is None else tables.logits[:n]
             if tables is not None and dtype != torch.float32:
                 logits.copy_(product)

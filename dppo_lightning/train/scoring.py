@@ -29,21 +29,21 @@ Parts = list[list[Sequence]]
 """A rank's share: its micro-batches."""
 
 Remembered = tuple[Tensor | None, np.ndarray | None]
-"""Of a sequence: hidden states [T, H] and log-probs [T], each where it was asked for."""
+"""Hidden states [T, H] and log-probs [T] of a sequence, each where it was asked for."""
 
 
 class Scorer:
-    """What policy and reference say of sequences, in the precision of training.
+    """Maker of log-probs and hidden states of policy and reference, in the precision of training.
 
-    Every rank makes one at the same point of the run. Methods but ``choose`` are called on rank 0, within a section of
-    its controller; every rank then does a share of as many micro-batches, of the size of training's, since a model in
-    shards needs all ranks in each.
+    Every rank makes one at the same point of the run. Methods but ``with_choice`` are called on rank 0, within a
+    section of its controller; every rank then does a share of as many micro-batches, of the size of training's, since
+    a model in shards needs all ranks in each.
 
     Args:
         policy: The policy that is trained.
         reference: The reference model, or None.
-        strategy: Lightning's, which knows precision, device and shards.
-        controller: Has every rank work.
+        strategy: Lightning's strategy, which knows precision, device and shards.
+        controller: Controller that has every rank work.
         micro_batches: Most micro-batches that a rank's share of a rollout is cut into, >= 1.
     """
 
@@ -76,11 +76,11 @@ class Scorer:
         return self._shared_out(self._policy_task, sequences)
 
     def reference_logp(self, sequences: list[Sequence]) -> list[np.ndarray]:
-        """The same under the reference model."""
+        """Log-probs [T] of each sequence's generated tokens under the reference model."""
         return self._shared_out(self._reference_task, sequences)
 
     def annotate(self, sequences: list[Sequence], needs: frozenset[str]) -> None:
-        """Before a rollout's first step: fill in what is needed of the policy as it is now, and of the reference.
+        """Fill in, before a rollout's first step, what is needed of the policy as it is now, and of the reference.
 
         For "recomputed_logp" and "full" together one pass; what is not needed is not computed. At ``max_staleness`` 0
         that policy is the one that sampled; above 0 it is not, and "full" is refused.
@@ -100,9 +100,9 @@ class Scorer:
         """Keep in the sequences the policy as the first step on the rollout finds it; one pass for both.
 
         Args:
-            sequences: Of a rollout.
-            needs: Of {"recomputed_logp", "full"}, not empty: log-probs [T]; hidden states [T, H], and the projection
-                [V, H] in the head of every rank.
+            sequences: Sequences of a rollout.
+            needs: What to keep, of {"recomputed_logp", "full"}, not empty: log-probs [T]; hidden states [T, H], and
+                the projection [V, H] in the head of every rank.
         """
         found = self._shared_out(self._remember_tasks[needs], sequences)
         for sequence, (hidden, logp) in zip(sequences, found, strict=True):
@@ -110,7 +110,7 @@ class Scorer:
             sequence.recomputed_logp = logp
 
     def penalty(self, groups: list[Group], kl: ReferenceKL) -> list[np.ndarray]:
-        """For each group [G]: beta * sum over the completion's tokens of the estimated KL to the reference."""
+        """Compute for each group [G] beta * the sum over a completion's tokens of the estimated KL to the reference."""
         rows = [group.sequences() for group in groups]
         scored = iter(self.reference_logp([sequence for mine in rows for sequence in mine]))
         costs = []
@@ -123,8 +123,8 @@ class Scorer:
             costs.append(np.array([next(totals) if len(completion) else 0.0 for completion in group.completions]))
         return [kl.coefficient * cost for cost in costs]
 
-    def choose(self, region: TrustRegion, batches: list[TrainingBatch]) -> list[TrainingBatch]:
-        """On every rank, with its micro-batches of a step: what the region chooses among all tokens of the step."""
+    def with_choice(self, region: TrustRegion, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Give a rank's micro-batches of a step what the region chooses among all tokens of the step; on every rank."""
         with self._without_gradient():
             mine = [statistics(batch, self.policy.logp(batch.to(self.strategy.root_device))) for batch in batches]
         ranks = self.controller.ranks
@@ -146,11 +146,11 @@ class Scorer:
         return [found[i] for i in range(len(sequences))]
 
     def policy_share(self, parts: Parts) -> list[np.ndarray]:
-        """On every rank: log-probs under the policy of each sequence of its parts."""
+        """Compute a rank's share: log-probs under the policy of each sequence of its parts."""
         return self._logp(self.policy, parts)
 
     def reference_share(self, parts: Parts) -> list[np.ndarray]:
-        """On every rank: log-probs under the reference of each sequence of its parts."""
+        """Compute a rank's share: log-probs under the reference of each sequence of its parts."""
         assert self.reference is not None
         return self._logp(self.reference, parts)
 
@@ -164,7 +164,7 @@ class Scorer:
         return found
 
     def remember_share(self, parts: Parts, needs: frozenset[str]) -> list[Remembered]:
-        """On every rank: hidden states and log-probs under the weights as they are now, each where it is needed."""
+        """Compute a rank's share: hidden states and log-probs under the present weights, each where it is needed."""
         head = self.policy.head
         found: list[Remembered] = []
         with self._without_gradient():
@@ -192,13 +192,13 @@ class Scorer:
 
     @contextmanager
     def _without_gradient(self) -> Iterator[None]:
-        """The strategy's and the precision's contexts of a pass, without gradient."""
+        """Context of a pass without gradient: the strategy's and the precision's."""
         with scoring(self.strategy), torch.no_grad(), self.strategy.precision_plugin.forward_context():
             yield
 
 
 def statistics(batch: TrainingBatch, logp: Float[Tensor, " N"]) -> TokenStats:
-    """What of a micro-batch's tokens is known before their forward pass with a gradient, and ``logp``, on the CPU."""
+    """Collect, on the CPU, ``logp`` and what is known of a micro-batch's tokens before the pass with a gradient."""
     tokens = TokenStats(
         logp=logp,
         rollout_logp=batch.rollout_logp,
@@ -213,11 +213,11 @@ def statistics(batch: TrainingBatch, logp: Float[Tensor, " N"]) -> TokenStats:
 
 
 def choose_over_step(region: TrustRegion, step: list[TokenStats]) -> list[Bool[Tensor, "N ..."]]:
-    """The region's choice, for each of the step's micro-batches.
+    """Ask the region for its choice, for each of the step's micro-batches.
 
     Args:
-        region: Needs "chosen".
-        step: Of every micro-batch of the step, on all ranks, in any order; some may be without tokens.
+        region: Region that needs "chosen".
+        step: Statistics of every micro-batch of the step, on all ranks, in any order; some may be without tokens.
 
     Raises:
         TokenStatsError: The region's ``choose`` does not return a bool for each token.

@@ -96,8 +96,8 @@ class TrustRegion(nn.Module):
       micro-batches and ranks. What depends on the whole step is for ``choose``.
     - ``composable``: False when the loss is not ``weighted_surrogate``, so that ``Combined`` refuses it.
 
-    Calling a region checks its statistics first (``check_tokens``), on every call: one reduction and one
-    synchronisation.
+    ``__init__`` has to call ``super().__init__()``. Calling a region checks its statistics first (``check_tokens``), on
+    every call: one reduction and one synchronisation.
 
     Args:
         anchor: Distribution that the region measures from: "rollout" (mu, what the engine recorded) or
@@ -122,6 +122,7 @@ class TrustRegion(nn.Module):
     def __call__(self, tokens: TokenStats) -> Surrogate:
         check_tokens(self, tokens)
         surrogate: Surrogate = super().__call__(tokens)
+        check_surrogate(self, surrogate, tokens)
         return surrogate
 
     def forward(self, tokens: TokenStats) -> Surrogate:
@@ -207,6 +208,27 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
             raise TokenStatsError(f"{name_of_region}: {name} has {bad} of {tensor.numel()} values that are not finite")
 
 
+def check_surrogate(region: TrustRegion, surrogate: Surrogate, tokens: TokenStats) -> None:
+    """Refuse what is no Surrogate with one value for each token.
+
+    Raises:
+        TokenStatsError: ``forward`` returned something else, or a tensor of another shape or kind.
+    """
+    name, wanted = type(region).__name__, tuple(tokens.logp.shape)
+    if not isinstance(surrogate, Surrogate):
+        kind = type(surrogate).__name__
+        raise TokenStatsError(f"{name}.forward returned a {kind}: return a Surrogate, weighted_surrogate makes one")
+    for field in fields(surrogate):
+        value = getattr(surrogate, field.name)
+        if value is not None and tuple(value.shape) != wanted:
+            raise TokenStatsError(
+                f"{name}: {field.name} has the shape {tuple(value.shape)}: it must have one value for each of "
+                f"{wanted[0]} tokens"
+            )
+    if surrogate.keep.dtype != torch.bool:
+        raise TokenStatsError(f"{name}: keep is {surrogate.keep.dtype}: it must be bool, True where a token moves")
+
+
 def concatenated(pieces: list[TokenStats]) -> TokenStats:
     """Join the tokens of several pieces, at least one, which all have the same statistics."""
     columns = {item.name: [getattr(piece, item.name) for piece in pieces] for item in fields(TokenStats)}
@@ -240,12 +262,6 @@ def policy_gradient(
     if keep is not None:
         scale = torch.where(keep, scale, 0.0)
     return scale * (1 + tokens.logp - tokens.logp.detach())
-
-
-def importance_ratio(tokens: TokenStats, max_ratio: float | None = None) -> Float[Tensor, " N"]:
-    """Detached r = pi / mu, capped at ``max_ratio`` when given."""
-    ratio = (tokens.logp.detach() - tokens.rollout_logp).exp()
-    return ratio if max_ratio is None else ratio.clamp(max=max_ratio)
 
 
 def weighted_surrogate(

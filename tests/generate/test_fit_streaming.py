@@ -138,9 +138,9 @@ class Doomed(VLLMEmbedded):
     def poll(self, timeout: float | None = None) -> list[Completion | Failed]:
         found = super().poll(timeout)
         self.results += sum(result.request_id.startswith("train/") for result in found)
-        if self.updates == self.victim and self.results >= 1 and self._process is not None:
+        if self.updates == self.victim and self.results >= 1 and self.pid is not None:
             self.victim = -1
-            os.kill(self._process.child.pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
         return found
 
 

@@ -14,8 +14,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
-from dppo_lightning.generate.engine import Request
+from dppo_lightning.base.records import Completion
+from dppo_lightning.generate.engine import EngineSpec, Failed, Request
 from dppo_lightning.generate.vllm.in_server import read_weights
+from dppo_lightning.generate.vllm.remote import VLLMRemote
 
 KEY = "secret"
 
@@ -179,3 +181,30 @@ class Handler(BaseHTTPRequestHandler):
 
 def expected(requests: list[Request]) -> dict[str, list[int]]:
     return {request.id: tokens_of(request.seed) for request in requests}
+
+
+class Fakes:
+    """An engine with two fake servers."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.servers = [FakeVLLM(model), FakeVLLM(model)]
+        self.engine: VLLMRemote | None = None
+
+    def start(self, **settings: Any) -> VLLMRemote:
+        urls = [server.url for server in self.servers]
+        self.engine = VLLMRemote(**{"urls": urls, "api_key": KEY, "startup_timeout": 5.0} | settings)
+        self.engine.start(EngineSpec(self.model, max_model_len=512, max_logprobs=8, stop_token_ids=(42,)))
+        return self.engine
+
+    def collect(self, count: int) -> dict[str, Completion | Failed]:
+        assert self.engine is not None
+        results: dict[str, Completion | Failed] = {}
+        while len(results) < count:
+            arrived = self.engine.poll(timeout=10)
+            assert arrived
+            for result in arrived:
+                assert result.request_id not in results
+                results[result.request_id] = result
+        assert self.engine.poll(timeout=0.05) == []
+        return results

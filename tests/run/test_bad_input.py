@@ -18,6 +18,8 @@ from tests.helpers.run_files import write_jsonl
 
 Config = dict[str, Any]
 REWARDS = """
+from dppo_lightning.reward import RewardFunction
+
 def short(samples):
     return [0.0] * (len(samples) - 1)
 
@@ -26,7 +28,9 @@ def not_a_number(samples):
 
 def fails(samples):
     raise KeyError("gold")
-"""
+
+class Unfinished(RewardFunction):
+    pass"""
 
 
 @pytest.fixture
@@ -93,6 +97,22 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "unknown region": (
         lambda _: {"model__trust_region": {"class_path": "BinaryTW"}},
         r"unknown trust region 'BinaryTW'; known: BandPO, BinaryKL, BinaryTV,",
+    ),
+    "region that its module lacks": (
+        lambda _: {"model__trust_region": {"class_path": "bad_rewards.Region"}},
+        r"trust region 'bad_rewards\.Region': module 'bad_rewards' has no attribute 'Region'$",
+    ),
+    "region without its module": (
+        lambda _: {"model__trust_region": {"class_path": "no_such_module.Region"}},
+        r"trust region 'no_such_module\.Region': No module named 'no_such_module'$",
+    ),
+    "unfinished reward": (
+        lambda _: {"data__reward": {"class_path": "bad_rewards.Unfinished"}},
+        r"reward 'bad_rewards\.Unfinished' is unfinished: write score$",
+    ),
+    "reward that is none": (
+        lambda _: {"data__prompts": {"class_path": "bad_rewards.Unfinished"}},
+        r"prompt source 'bad_rewards\.Unfinished' does not derive from PromptSource$",
     ),
     "unknown key": (lambda _: {"data__samples_per_promt": 4}, r"samples_per_promt.*samples_per_prompt"),
     "unknown argument of a region": (

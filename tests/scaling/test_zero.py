@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.scaling.zero import ZeroStrategy
@@ -62,3 +67,24 @@ def test_deepspeed_is_imported_by_a_run_alone() -> None:
         "ZeroStrategy(stage=3); assert 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_says_which_lock_it_would_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = tmp_path / "of a killed build" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    strategy = ZeroStrategy()
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # its import fails: what comes after the warning is not run
+    strategy.accelerator = CPUAccelerator()
+    strategy.parallel_devices = [torch.device("cpu")]
+    for age, warnings in ((60, 0), (7200, 1)):
+        os.utime(lock, (time.time() - age,) * 2)
+        with pytest.raises(ImportError):
+            strategy.setup_environment()
+        assert len(caplog.messages) == warnings
+    assert caplog.messages[0].endswith(f"if nothing is being compiled, rm '{lock}'")
+    assert "\n" not in caplog.messages[0]

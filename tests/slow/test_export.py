@@ -27,7 +27,8 @@ pytestmark = [
 TRAIN = """
 import json, sys
 import deepspeed, torch
-from dppo_lightning.train.lora import LoRA, merged_weights
+from dppo_lightning.sync.named_weights import merged_weights
+from dppo_lightning.train.lora import LoRA
 from dppo_lightning.train.policy import Policy
 
 base, out, stage, lora = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])

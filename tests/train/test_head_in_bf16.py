@@ -118,7 +118,7 @@ def test_gradients_are_those_of_full_logits_in_double_precision(
 ) -> None:
     head, hidden = make_head(mode, bias, transform, logits_mib=6), make_hidden(mode).requires_grad_()
     assert [rows.stop - rows.start for rows in head.chunks(TOKENS)] == [150, 150]
-    assert len(Tables(150, head.weight).room) < 150
+    assert len(Tables(150, head.weight).scratch) < 150
     leaves, table = in_double(mode, head, hidden)
     batch = make_batch(table, few=name != "many tokens")
     exact = loss_in_double(table, batch, OBJECTIVES[name])
@@ -172,7 +172,7 @@ def test_scoring_and_training_agree_on_log_probs(
 @pytest.mark.parametrize("mode", MODES)
 def test_divergences_of_whole_vocabularies_are_those_of_full_logits(mode: str) -> None:
     head, hidden, moved = make_head(mode, bias=True, logits_mib=16), make_hidden(mode), random(TOKENS, WIDTH, seed=8)
-    assert len(Tables(TOKENS, head.weight).room) < 0.5 * TOKENS
+    assert len(Tables(TOKENS, head.weight).scratch) < 0.5 * TOKENS
     _, old = in_double(mode, head, hidden)
     new_hidden = hidden + 0.3 * moved.to(hidden.dtype)
     _, new = in_double(mode, head, new_hidden)

@@ -19,7 +19,8 @@ from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.packing import Layout
 from dppo_lightning.generate.engine import ExpectedWeights
 from dppo_lightning.generate.vllm.embedded import VLLMEmbedded
-from dppo_lightning.train.lora import LoRA, adapt, is_adapter
+from dppo_lightning.sync.named_weights import is_adapter
+from dppo_lightning.train.lora import LoRA, adapt
 from dppo_lightning.train.module import DPPOModule
 from dppo_lightning.train.objective import Objective, ReferenceKL
 from dppo_lightning.train.policy import Policy, Unadapted

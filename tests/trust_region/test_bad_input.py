@@ -9,6 +9,7 @@ import torch
 
 from dppo_lightning.base.errors import ConfigError, DPPOError
 from dppo_lightning.train.module import DPPOModule
+from dppo_lightning.train.objective import Objective, ReferenceKL
 from dppo_lightning.trust_region import (
     CISPO,
     CPPO,
@@ -270,3 +271,53 @@ def test_a_plug_in_that_asks_for_what_cannot_be_given_is_refused_when_the_module
         DPPOModule("none", region)
     assert "\n" not in str(refusal.value)
     assert "Asking" in str(refusal.value)
+
+
+class Forward(TrustRegion):
+    """Returns what a function makes of its tokens."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, tokens):
+        return self.made(tokens)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda tokens: tokens.logp, "Forward.forward returned a Tensor: return a Surrogate"),
+        (
+            lambda tokens: Surrogate(tokens.logp.sum(), tokens.logp > 0),
+            r"loss has the shape \(\): .* each of 30 tokens",
+        ),
+        (lambda tokens: Surrogate(tokens.logp, tokens.logp), "keep is torch.float64: it must be bool"),
+        (lambda tokens: Surrogate(tokens.logp, tokens.logp[1:] > 0), r"keep has the shape \(29,\)"),
+    ],
+)
+def test_what_is_no_surrogate_of_the_tokens_is_refused(made, said):
+    with pytest.raises(TokenStatsError, match=said):
+        Forward(made)(stats(random_batch(0)))
+
+
+class Unwritten(DivergenceMask):
+    pass
+
+
+class Uninitialised(TrustRegion):
+    def __init__(self):
+        self.delta = 0.1
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        (lambda: Unwritten(0.1), "Unwritten has no divergence: write the method"),
+        (TrustRegion, "TrustRegion has no forward: write the method"),
+        (Uninitialised, "Uninitialised is not initialised.*super"),
+    ],
+)
+def test_an_unfinished_region_is_refused_when_the_objective_is_built(region, said):
+    with pytest.raises(ConfigError, match=said):
+        Objective(region(), ReferenceKL())

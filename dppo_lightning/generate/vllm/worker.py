@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dppo_lightning.base.errors import one_line
 from dppo_lightning.base.records import Completion
 from dppo_lightning.generate.engine import Failed, Request
 from dppo_lightning.generate.vllm import ipc
@@ -101,7 +102,7 @@ class Worker:
                 lora_request=self.adapters.request if self.adapters is not None else None,
             )
         except VLLMValidationError as error:
-            return Failed(request.id, " ".join(str(error).split()))
+            return Failed(request.id, one_line(error, whole=True))
         self.in_flight[request.id] = request, name
         return None
 
@@ -256,7 +257,7 @@ def main() -> None:
         Worker(link, SharedBlock(block), engine, stop_token_ids).serve()
     except Exception as error:
         traceback.print_exc()
-        link.send("broken", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        link.send("broken", one_line(error, typed=True, whole=True))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,15 +23,13 @@ from dppo_lightning.run.doctor.memory import GIB
 from dppo_lightning.run.doctor.recipe import starts_vllm
 from dppo_lightning.run.slurm.check import check_shape, started_by_srun, under_slurm
 from dppo_lightning.run.slurm.job import device_count
-from dppo_lightning.scaling.zero import EXTENSIONS
+from dppo_lightning.scaling.zero import EXTENSIONS, stale_locks
 
 Status = Literal["ok", "warn", "fail"]
 NEEDED = ("lightning", "torch", "transformers")
 """Packages without which nothing runs."""
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 """Packages that must be built for the same device as torch."""
-STALE_SECONDS = 3600.0
-"""Age of a lock, in seconds, from which its build is taken for dead: a build takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +182,7 @@ def build_locks(folders: Iterable[Path], now: float) -> Finding:
         folders: Folders that may hold a folder for each extension that torch has built.
         now: Present time, in seconds since the epoch.
     """
-    locks = {lock for folder in folders for depth in ("*", "*/*") for lock in folder.glob(f"{depth}/lock")}
-    old = sorted(str(lock) for lock in locks if now - _written(lock, now) > STALE_SECONDS)
-    if old:
+    if old := stale_locks(folders, now):
         todo = f"if nothing is being compiled: rm {' '.join(map(shlex.quote, old))}"
         return Finding("warn", "build locks", f"{len(old)} older than an hour", todo)
     return Finding("ok", "build locks", "none is old")
@@ -196,14 +192,6 @@ def extension_folders(environ: Mapping[str, str]) -> list[Path]:
     """Folders in which torch looks for the DeepSpeed operations that it has built: ours, and torch's own default."""
     chosen = environ.get("TORCH_EXTENSIONS_DIR")
     return [Path(chosen)] if chosen else [EXTENSIONS.expanduser(), Path("~/.cache/torch_extensions").expanduser()]
-
-
-def _written(path: Path, now: float) -> float:
-    """Time of a file's last change, in seconds since the epoch; ``now`` where a build has just removed it."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return now
 
 
 def cores(environ: Mapping[str, str], quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:

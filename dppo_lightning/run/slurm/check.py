@@ -151,8 +151,10 @@ def _receive(host: str, port: int, tasks: int, node: str, wait: float, deadline:
             stack.enter_context(task)
             task.settimeout(min(5.0, max(left, 0.1)))
             with suppress(OSError, ValueError):  # another program that connects to this port is ignored
-                missing.remove(int(task.recv(32).decode().removeprefix("dppo ")))
-                arrived.append(task)
+                rank = int(task.recv(32).decode().removeprefix("dppo "))
+                if 0 < rank < tasks:
+                    missing.discard(rank)
+                    arrived.append(task)
         if missing:
             raise ConfigError(
                 f"only {tasks - len(missing)} of {tasks} tasks came within {wait:g} s, missing: rank "

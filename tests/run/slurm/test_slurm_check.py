@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -86,10 +88,27 @@ def test_tasks_that_all_come_go_on_and_leave_the_port_free(port: int) -> None:
         with socket.socket() as stranger:  # somebody else who knocks is no task
             wait_until(lambda: stranger.connect_ex(("127.0.0.1", port)) == 0)
             stranger.sendall(b"GET /")
+            for number in (0, 4, -1):  # of nobody who is waited for
+                with socket.create_connection(("127.0.0.1", port)) as other:
+                    other.sendall(f"dppo {number}".encode())
             waits.append(pool.submit(wait_for_all_tasks, "127.0.0.1", port, 2, 4, "gpu07", PATIENCE))
             for wait in waits:
                 wait.result()
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_rank_that_comes_twice_is_told_to_go_on_twice(port: int) -> None:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        wait = pool.submit(wait_for_all_tasks, "127.0.0.1", port, 0, 3, "gpu07", PATIENCE)
+        tasks = []
+        for rank in (1, 1, 2):
+            task = stack.enter_context(socket.socket())
+            task.settimeout(PATIENCE)
+            wait_until(lambda task=task: task.connect_ex(("127.0.0.1", port)) in (0, errno.EISCONN))
+            task.sendall(f"dppo {rank}".encode())
+            tasks.append(task)
+        wait.result()
+        assert [task.recv(8) for task in tasks] == [b"go"] * 3
 
 
 def test_the_address_is_the_one_that_lightning_takes(monkeypatch: pytest.MonkeyPatch) -> None:
