@@ -35,6 +35,10 @@ class SyncError(DPPOError, RuntimeError):
     """The engine's weights are not the policy's weights: wrong names, shapes, version or log-probs."""
 
 
+class NonFiniteError(DPPOError, ArithmeticError):
+    """A loss, a gradient or weights are not finite: the optimizer step was not taken."""
+
+
 class RankError(DPPOError, RuntimeError):
     """Something went wrong on one of several ranks; the same line on all of them names the rank and the cause."""
 

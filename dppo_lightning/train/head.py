@@ -35,7 +35,7 @@ from dppo_lightning.trust_region.base import (
     TokenStats,
     TokenStatsError,
     TrustRegion,
-    check_tokens,
+    check_given,
     concatenated,
     joint_needs,
 )
@@ -245,7 +245,7 @@ class _Work:
     def _diagnose(self, seen: _Seen) -> None:
         for name, region in self.diagnostics.items():
             tokens = seen.by(region)
-            check_tokens(region, tokens)
+            check_given(region, tokens)
             self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(tokens))
 
     def _collect(self, tokens: TokenStats, result: TokenLoss) -> None:

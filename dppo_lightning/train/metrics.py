@@ -48,6 +48,7 @@ GLOSSARY: dict[str, str] = {
     "train/learning_rate": "learning rate of the step",
     "train/tokens": "generated tokens trained on in the step",
     "train/empty": "1 where the step had no token to train on: it leaves the weights as they are",
+    "train/skipped": "1 where the step was not taken because loss, gradient or weights were not finite",
     "perf/padding_waste": "share of the forward pass's positions that are padding",
     "perf/packed": "1 where the step's sequences were packed in one row, 0 where they were padded rows",
     "perf/shared_prompt_share": "share of the sequences' ids that a prompt forwarded once for its completions spares",
