@@ -27,6 +27,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from dppo_lightning.base.errors import ConfigError, DPPOError, Requeued
 from dppo_lightning.generate import RolloutEngine, TransformersEngine, VLLMEmbedded, VLLMRemote
 from dppo_lightning.run.callbacks.curves import Curves
+from dppo_lightning.run.callbacks.health import Health
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
 from dppo_lightning.run.callbacks.profile import Profile
@@ -171,8 +172,10 @@ class DPPOCommandLine(LightningCLI):
         standard = standard_callbacks()
         if config.get("enable_progress_bar") is False:
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
+        chosen = config.get("callbacks") or []  # one with settings of the user's stands for the standard one
+        standard = [callback for callback in standard if not any(type(own) is type(callback) for own in chosen)]
         traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
-        callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
+        callbacks = [*chosen, *standard, *([Profile(traced)] if traced else [])]
         if self.subcommand == "fit":
             callbacks += self.slurm.callbacks(callbacks)
         plugins = self.slurm.plugins(config.get("plugins"))
@@ -189,6 +192,7 @@ def standard_callbacks() -> list[pl.Callback]:
         HeldOutEvaluation(),
         CompletionLog(),
         MaskAudit(),
+        Health(),
         TimelineLog(),
         Utilisation(),
         RunProgressBar(),

@@ -1,6 +1,7 @@
 """Callbacks that write, print and evaluate a run; any of them can be named in ``trainer.callbacks``."""
 
 from dppo_lightning.run.callbacks.curves import Curves
+from dppo_lightning.run.callbacks.health import Health
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
 from dppo_lightning.run.callbacks.profile import Profile
@@ -11,6 +12,7 @@ from dppo_lightning.run.callbacks.utilisation import Utilisation
 __all__ = [
     "CompletionLog",
     "Curves",
+    "Health",
     "HeldOutEvaluation",
     "MaskAudit",
     "MetricsFile",
