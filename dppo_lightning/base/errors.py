@@ -10,9 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dppo_lightning.base.secrets import hide
+
 
 class DPPOError(Exception):
-    """Base class: one line that says what is wrong and what to change."""
+    """Base class: one line that says what is wrong and what to change, without secrets."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(hide(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
 class ConfigError(DPPOError, ValueError):

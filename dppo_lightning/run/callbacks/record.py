@@ -29,6 +29,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.records import Group
+from dppo_lightning.base.secrets import hide_settings, hide_words
 from dppo_lightning.base.timeline import Lane, Span
 from dppo_lightning.train.hooks import RunCallback
 from dppo_lightning.train.module import DPPOModule
@@ -42,18 +43,28 @@ LANES: tuple[Lane, ...] = ("generate", "reward", "wait", "train", "sync", "evalu
 
 
 class RunRecord(SaveConfigCallback):
-    """Write ``config.yaml`` (resolved) and ``run.json`` (versions, git commit, command, region) at the start."""
+    """Write ``config.yaml`` (resolved) and ``run.json`` (versions, git commit, command, region) at the start.
+
+    Secrets are in neither. In config.yaml a secret setting is null, which leaves it to the environment when the file is
+    run again, or "***" where it may not be null.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        given, self.config = self.config, hide_settings(self.config, None)
+        try:
+            self.parser.dump(self.config)
+        except (TypeError, ValueError, KeyError):
+            self.config = hide_settings(given)
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, DPPOModule)
         record = {
             "format": FORMAT,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
+            "command": hide_words(sys.argv),
             "python": platform.python_version(),
             "versions": installed_versions(),
             "git_commit": git_commit(),
