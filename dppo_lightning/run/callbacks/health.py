@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,6 +53,10 @@ WARNINGS: dict[str, str] = {
 """What goes wrong -> what is said of it; values are over the last ``window`` optimizer steps."""
 
 
+ERRORS = 8
+"""Standard errors of a window's mean reward by which two windows of a long run may differ by chance."""
+
+
 class Health(RunCallback):
     """Warn, once for each way of going wrong, when a metric leaves its band; docs/runs.md says what each warning means.
 
@@ -72,7 +76,8 @@ class Health(RunCallback):
             length is often better.
         truncated: Largest share of completions that are cut, 0 to 1: at more than half the reward of most is unknown.
         reward: Largest fall of the mean reward from its best window, in standard deviations of a completion's reward at
-            first, > 0. At 0.5 a window of 20 steps with 8 completions each is four standard errors away.
+            first, > 0; but at least eight standard errors of a window's mean, for the best of many windows of a few
+            completions is far above what they mean, by chance alone.
         ratio: Largest median of ``train/ratio_max``, > 1. In the quickstart the median is 2, and the largest of all
             its steps 83.
 
@@ -139,6 +144,8 @@ class Health(RunCallback):
             recent.append(value)
             if len(recent) == self.window:
                 now[what] = median(recent) if what == "ratio" else fmean(recent)
+                if what == "reward" and "error" not in self._first:
+                    self._first["error"] = pstdev(recent) / math.sqrt(self.window)
                 self._first.setdefault(what, now[what])
         self._best = max(self._best, now.get("reward", -math.inf))
         due = []
@@ -154,7 +161,7 @@ class Health(RunCallback):
         """Warning -> what is watched, its limit, and whether it must not be above (or below) that."""
         first = self._first
         low, high = self.entropy
-        lowest_reward = self._best - self.reward * first.get("spread", math.inf)
+        fall = max(self.reward * first.get("spread", math.inf), ERRORS * first.get("error", math.inf))
         return {
             "mismatch": ("mismatch", self.mismatch, True),
             "masked": ("masked", self.masked, True),
@@ -162,7 +169,7 @@ class Health(RunCallback):
             "entropy_high": ("entropy", high * first.get("entropy", math.inf), True),
             "length": ("length", self.length * first.get("length", 0.0), False),
             "truncated": ("truncated", self.truncated, True),
-            "reward": ("reward", lowest_reward if first.get("spread") else -math.inf, False),
+            "reward": ("reward", self._best - fall if first.get("spread") else -math.inf, False),
             "ratio": ("ratio", self.ratio, True),
         }
 

@@ -112,6 +112,15 @@ def test_rewards_that_never_differed_have_no_band() -> None:
     assert told(health, 9, reward_std=0.0, reward=0.0) == []
 
 
+def test_few_completions_a_step_are_not_taken_for_a_fall() -> None:
+    numbers = np.random.default_rng(0)
+    health = Health()
+    for _ in range(20_000):
+        rewards = numbers.random(4) < 0.3
+        values = {"train/reward": float(rewards.mean()), "train/reward_std": float(rewards.std())}
+        assert health.judge(SOUND | values) == []
+
+
 def test_what_is_missing_or_not_a_number_is_passed_over() -> None:
     health = begun()
     for _ in range(10):
