@@ -10,9 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from dppo_lightning.base.secrets import hide
+
 
 class DPPOError(Exception):
-    """Base class: one line that says what is wrong and what to change."""
+    """Base class: one line that says what is wrong and what to change, without secrets."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(hide(argument) if isinstance(argument, str) else argument for argument in arguments))
 
 
 class ConfigError(DPPOError, ValueError):
@@ -33,6 +38,10 @@ class EngineError(DPPOError, RuntimeError):
 
 class SyncError(DPPOError, RuntimeError):
     """The engine's weights are not the policy's weights: wrong names, shapes, version or log-probs."""
+
+
+class NonFiniteError(DPPOError, ArithmeticError):
+    """A loss, a gradient or weights are not finite: the optimizer step was not taken."""
 
 
 class RankError(DPPOError, RuntimeError):

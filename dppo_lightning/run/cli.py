@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -24,9 +26,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dppo_lightning.base.errors import ConfigError, DPPOError, Stopped
+from dppo_lightning.base.secrets import hide, hide_words, remember
 from dppo_lightning.generate import RolloutEngine, TransformersEngine, VLLMEmbedded, VLLMRemote
 from dppo_lightning.run.callbacks.checkpoint import Checkpoint, identity
 from dppo_lightning.run.callbacks.curves import Curves
+from dppo_lightning.run.callbacks.health import Health
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
 from dppo_lightning.run.callbacks.profile import Profile
@@ -143,6 +147,7 @@ class DPPOCommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check the job, and claim the run directory or find the checkpoint, before anything slow begins."""
+        remember(self.config)
         if self.subcommand != "generate":
             self.slurm.check(self._get(self.config, "trainer"))
         if self.subcommand == "fit":
@@ -197,8 +202,10 @@ class DPPOCommandLine(LightningCLI):
         standard = standard_callbacks()
         if config.get("enable_progress_bar") is False:
             standard = [callback for callback in standard if not isinstance(callback, RunProgressBar)]
+        chosen = config.get("callbacks") or []  # one with settings of the user's stands for the standard one
+        standard = [callback for callback in standard if not any(type(own) is type(callback) for own in chosen)]
         traced = self._get(self.config_init, "profile") if self.subcommand == "fit" else 0
-        callbacks = [*(config.get("callbacks") or []), *standard, *([Profile(traced)] if traced else [])]
+        callbacks = [*chosen, *standard, *([Profile(traced)] if traced else [])]
         if self.subcommand == "fit":
             callbacks += [*self.slurm.callbacks(callbacks), self.stop]
         plugins = self.slurm.plugins(config.get("plugins"))
@@ -215,6 +222,7 @@ def standard_callbacks() -> list[pl.Callback]:
         HeldOutEvaluation(),
         CompletionLog(),
         MaskAudit(),
+        Health(),
         TimelineLog(),
         Utilisation(),
         RunProgressBar(),
@@ -276,11 +284,14 @@ def main(args: list[str] | None = None) -> None:
         args: Words of the command line after ``dppo``; None: those of this process.
     """
     arguments = sys.argv[1:] if args is None else args
+    sys.excepthook = print_error
     silence_other_libraries()
     if os.getcwd() not in sys.path:  # for the user's own classes, which a recipe names by their import path
         sys.path.insert(0, os.getcwd())
     try:
         with own_messages():
+            if hide_words(arguments) != list(arguments):
+                log.warning("a secret on the command line is seen by all on this machine: set it in the environment")
             if arguments and arguments[0] in COMMANDS:
                 COMMANDS[arguments[0]].run(arguments[1:])
             else:
@@ -312,11 +323,23 @@ def own_messages() -> Iterator[None]:
     """Show the messages of this library on the screen."""
     own, handler = logging.getLogger("dppo_lightning"), logging.StreamHandler(sys.stdout)
     own.setLevel(logging.INFO)
+    handler.addFilter(without_secrets)
     own.addHandler(handler)
     try:
         yield
     finally:
         own.removeHandler(handler)
+
+
+def without_secrets(record: logging.LogRecord) -> bool:
+    """Take secrets out of a message that is logged, in place."""
+    record.msg, record.args = hide(record.getMessage()), None
+    return True
+
+
+def print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print a traceback without secrets; for ``sys.excepthook``."""
+    print(hide("".join(format_exception(kind, error, traceback))), end="", file=sys.stderr)
 
 
 def find_mistake(error: BaseException | None) -> DPPOError | None:

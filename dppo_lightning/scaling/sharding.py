@@ -1,7 +1,12 @@
-"""ShardingStrategy: cuts policy and reference into shards once they are loaded; and FSDP2Strategy, which is one."""
+"""ShardingStrategy: cuts policy and reference into shards once they are loaded; and FSDP2Strategy, which is one.
+
+Beside it what an optimizer step needs to know of the strategy: the gradient's norm, whether it is finite, and how a
+step is not taken.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -9,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +36,45 @@ class ShardingStrategy:
     def scoring(self) -> Generator[None, None, None]:
         """Context for passes without gradient, outside of training's own forward and backward."""
         yield
+
+    def gradient_is_finite(self, norm: float) -> bool:
+        """Whether the gradient of the step that is about to be taken is finite; collective.
+
+        Args:
+            norm: The gradient's norm, as ``gradient_norm`` finds it.
+        """
+        return math.isfinite(norm)
+
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """What this rank may see of a parameter's gradient before the step, or None; collective."""
+        return local_part(parameter.grad)
+
+    def discard_step(self) -> None:
+        """Let go of the step's gradient, and take no step.
+
+        Raises:
+            StepNotTaken: Leaves the optimizer, which has done nothing yet.
+        """
+        raise StepNotTaken
+
+    @property
+    def step_was_dropped(self) -> bool:
+        """Whether the strategy did not take the last step, on its own account."""
+        return False
+
+
+class StepNotTaken(Exception):
+    """Ends an optimizer's step before anything is changed; whoever asks for the step catches it."""
+
+
+def as_sharding(strategy: Strategy) -> ShardingStrategy:
+    """The strategy's own hooks; of one that keeps the model whole, the mixin's, which need nothing of it."""
+    return strategy if isinstance(strategy, ShardingStrategy) else ShardingStrategy()
+
+
+def local_part(tensor: Tensor | None) -> Tensor | None:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard(strategy: Strategy, policy: nn.Module) -> None:

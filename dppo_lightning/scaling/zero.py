@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.scaling.resume import is_universal, ranks_of
-from dppo_lightning.scaling.sharding import ShardingStrategy
+from dppo_lightning.scaling.sharding import ShardingStrategy, local_part
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +210,38 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    def gradient_is_finite(self, norm: float) -> bool:
+        """Whether what DeepSpeed has kept of the gradient is finite; ``norm`` says nothing here."""
+        return not self.deepspeed_engine.optimizer.has_overflow(partition_gradients=True)
+
+    def gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        import deepspeed
+
+        return deepspeed.utils.safe_get_full_grad(parameter) if parameter.requires_grad else None
+
+    def discard_step(self) -> None:
+        """Make the step that follows one that DeepSpeed lets go of, as it does when float16 overflows."""
+        optimizer = self.deepspeed_engine.optimizer
+        # Internal to deepspeed, which looks for an overflow in these places, and has none to be told of one. Without
+        # this a step is refused only where the gradient is at fault, and not where the loss or the weights are.
+        place = "_overflow_check_and_loss_scale_update" if self.zero_stage_3 else "check_overflow"
+        looks, optimizer.check_grad_overflow = getattr(optimizer, "check_grad_overflow", False), True
+
+        def find_one(*_: Any, **__: Any) -> bool:
+            delattr(optimizer, place)  # the method of the class is in force again
+            optimizer.check_grad_overflow = looks
+            optimizer.overflow = True
+            if not self.zero_stage_3:  # with the optimizer on the CPU the next step would be given this gradient too
+                optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            return True
+
+        setattr(optimizer, place, find_one)
+
+    @property
+    def step_was_dropped(self) -> bool:
+        """Whether DeepSpeed let go of the last step: it does so where the norm of the gradient is not finite."""
+        return not self.deepspeed_engine.was_step_applied()
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of this number of ranks, or one that ``scaling.resume.reshape`` has written.
 
@@ -272,6 +304,14 @@ def gathered_parameters(parameters: list[Any]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
+
+
+def local_weight(parameter: nn.Parameter) -> Tensor | None:
+    """What this rank holds of a parameter; None where ZeRO-3 has moved it to a disk."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return local_part(parameter)
+    return part if part.status.name == "AVAILABLE" else None
 
 
 def gradient_norm_of_step(trainer: pl.Trainer) -> float | None:

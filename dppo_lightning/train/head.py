@@ -35,7 +35,7 @@ from dppo_lightning.trust_region.base import (
     TokenStats,
     TokenStatsError,
     TrustRegion,
-    check_tokens,
+    check_given,
     concatenated,
     joint_needs,
 )
@@ -247,7 +247,7 @@ class _Work:
         """Measure the divergences that are asked for beside the region's own."""
         for name, region in self.diagnostics.items():
             tokens = stats.for_region(region)
-            check_tokens(region, tokens)
+            check_given(region, tokens)
             self.collected.setdefault(f"diagnostics/{name}", []).append(region.divergence(tokens))
 
     def _collect(self, tokens: TokenStats, result: TokenLoss) -> None:

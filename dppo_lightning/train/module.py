@@ -10,13 +10,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -26,16 +24,17 @@ from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.packing import Layout
 from dppo_lightning.base.records import Group, Sequence
 from dppo_lightning.scaling.resume import recount_batches
-from dppo_lightning.scaling.sharding import gradient_norm, standing_still
 from dppo_lightning.scaling.strategies import check_strategy
 from dppo_lightning.scaling.zero import gradient_norm_of_step
 from dppo_lightning.sync.weight_sync import ParityProbe, WeightPush, WeightSync, coarser_dtype
 from dppo_lightning.train.datamodule import RolloutDataModule
 from dppo_lightning.train.head import HeadOutput
-from dppo_lightning.train.hooks import EvaluationHooks, ends_step, run_callbacks
+from dppo_lightning.train.hooks import ends_step, run_callbacks
 from dppo_lightning.train.lora import LoRA
-from dppo_lightning.train.metrics import StepLog, StepMetrics, log_step
+from dppo_lightning.train.metrics import StepMetrics, log_step
+from dppo_lightning.train.nonfinite import NumberGuard, OnNonFinite
 from dppo_lightning.train.objective import Aggregation, Objective, ReferenceKL, check_staleness, sequence_weights
+from dppo_lightning.train.optimization import StepHooks, adamw, constant
 from dppo_lightning.train.policy import Policy, Unadapted, check_precision, load_models
 from dppo_lightning.train.scoring import Scorer
 from dppo_lightning.trust_region import BinaryTV, TrustRegion
@@ -43,15 +42,7 @@ from dppo_lightning.trust_region.base import joint_needs
 from dppo_lightning.trust_region.topk import diagnostic_divergences
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
-
-
-def _constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-
-
-class DPPOModule(EvaluationHooks):
+class DPPOModule(StepHooks):
     """The policy, the reference model, the loss and the optimizer.
 
     Args:
@@ -72,6 +63,9 @@ class DPPOModule(EvaluationHooks):
         divergence_diagnostics: Log binary, Top-K and whole-vocabulary divergences side by side (diagnostics/...),
             whatever the trust region. Costs a no-gradient pass per rollout, a copy of the output projection and one
             more product with it per step.
+        on_nonfinite: What becomes of the run when a loss, a gradient or weights are not finite: the optimizer step is
+            not taken, and the run ends ("stop"), or goes on with the next step ("skip"), see train/nonfinite.py.
+        max_skipped: Most steps in a row that may be skipped, >= 1; one more ends the run.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -83,8 +77,8 @@ class DPPOModule(EvaluationHooks):
         trust_region: TrustRegion | None = None,
         aggregation: Aggregation = "seq-mean-token-sum",
         constant_length: int | None = None,
-        optimizer: OptimizerCallable = _adamw,
-        lr_scheduler: LRSchedulerCallable = _constant,
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable = constant,
         kl: ReferenceKL = ReferenceKL(),  # noqa: B008  # frozen
         entropy_coefficient: float = 0.0,
         lora: LoRA | None = None,
@@ -93,8 +87,10 @@ class DPPOModule(EvaluationHooks):
         shared_prompts: bool = True,
         logits_mib: int = 64,
         divergence_diagnostics: bool = False,
+        on_nonfinite: OnNonFinite = "stop",
+        max_skipped: int = 3,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, NumberGuard(on_nonfinite, max_skipped))
         sequence_weights(aggregation, np.ones(1), constant_length)  # a wrong pair fails here, not in the first step
         if lora is not None and frozen:
             raise ConfigError(
@@ -105,8 +101,6 @@ class DPPOModule(EvaluationHooks):
         self.frozen = tuple(frozen or ())
         self.aggregation: Aggregation = aggregation
         self.constant_length = constant_length
-        self.make_optimizer = optimizer
-        self.make_lr_scheduler = lr_scheduler
         self.kl = kl
         self.gradient_checkpointing = gradient_checkpointing
         self.shared_prompts = shared_prompts
@@ -119,9 +113,7 @@ class DPPOModule(EvaluationHooks):
         self._reference: list[Policy | Unadapted] = []
         self._scorer: Scorer | None = None
         self.weight_push: WeightPush | None = None
-        self._as_loaded = True  # the policy has the weights of its folder
         self._steps_of_weights = 0  # outside of training: optimizer steps that the weights in memory have seen
-        self.step_log = StepLog()
 
     @property
     def data(self) -> RolloutDataModule:
@@ -250,17 +242,10 @@ class DPPOModule(EvaluationHooks):
         recount_batches(checkpoint, self.trainer.accumulate_grad_batches)
         self._steps_of_weights = checkpoint["global_step"]
 
-    def configure_optimizers(self) -> Any:
-        assert self.policy is not None
-        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
-
     def on_train_start(self) -> None:
         self.step_metrics = StepMetrics()  # a step may have been broken off
         self.step_log.clear()
+        self.guard.clear()
         self.ensure_synced()
 
     def on_train_batch_start(self, batch: TrainingBatch, batch_idx: int) -> None:
@@ -277,24 +262,10 @@ class DPPOModule(EvaluationHooks):
         hidden = self.policy.hidden_states(batch)
         output: HeadOutput = self.policy.head(hidden, batch, self.objective, self.diagnostics)
         self.step_metrics.update(batch, output)
+        self.guard.watch(batch, output)
         for callback in run_callbacks(self.trainer):
             callback.on_tokens(self.trainer, self, batch, output)
         return output.loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._as_loaded = False
-        self.step_log.values["train/grad_norm"] = gradient_norm(optimizer)
-        self.step_log.values["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """As Lightning's; a step without a token to train on leaves the weights where they are.
-
-        Otherwise momentum and weight decay would move them by a gradient that is zero because there was nothing.
-        """
-        plan = self.data.plan
-        assert plan is not None
-        with standing_still(optimizer) if plan.empty else nullcontext():
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainingBatch, batch_idx: int) -> None:
         """After the step's last micro-batch: log, and give the engine the new weights when the rollout is used up."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dppo_lightning.base.errors import ConfigError
-from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion
+from dppo_lightning.trust_region.base import Surrogate, TokenStats, TrustRegion, check_given
 from dppo_lightning.trust_region.divergence import DivergenceMask
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -84,7 +84,8 @@ class Objective(nn.Module):
         self.entropy_coefficient = entropy_coefficient
 
     def forward(self, tokens: TokenStats, reference_logp: Float[Tensor, " N"] | None) -> TokenLoss:
-        surrogate = self.region(tokens)
+        check_given(self.region, tokens)
+        surrogate = self.region.forward(tokens)  # not a call, which would wait for the device: see train/nonfinite.py
         loss = surrogate.loss
         kl = None
         if reference_logp is not None:

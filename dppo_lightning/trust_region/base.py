@@ -97,7 +97,9 @@ class TrustRegion(nn.Module):
     - ``composable``: False when the loss is not ``weighted_surrogate``, so that ``Combined`` refuses it.
 
     ``__init__`` has to call ``super().__init__()``. Calling a region checks its statistics first (``check_tokens``), on
-    every call: one reduction and one synchronisation.
+    every call: one reduction and one synchronisation. In training ``forward`` is called instead, and whether the
+    numbers are finite is asked once for the whole optimizer step, see train/nonfinite.py: what is not finite must not
+    end up in a loss that is.
 
     Args:
         anchor: Distribution that the region measures from: "rollout" (mu, what the engine recorded) or
@@ -166,12 +168,14 @@ def joint_needs(*regions: TrustRegion) -> frozenset[str]:
     return frozenset().union(*(region.needs for region in regions))
 
 
-def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
-    """Refuse statistics that the region would silently turn into a wrong update.
+def check_given(region: TrustRegion, tokens: TokenStats) -> dict[str, Tensor]:
+    """Refuse statistics that are not all there; nothing waits for the device.
+
+    Returns:
+        Name of each statistic that the region needs, and the statistic.
 
     Raises:
-        TokenStatsError: A statistic that the region needs is missing, tensors differ in length, or a log-prob is not
-            finite (in the top-K tensors -inf is allowed: it marks an unused slot).
+        TokenStatsError: A statistic that the region needs is missing, or tensors differ in length.
     """
     required = ["logp", "rollout_logp", "advantage"]
     required += ["topk_logp", "rollout_topk_logp"] if region.needs & {"topk", "full"} else []
@@ -193,8 +197,18 @@ def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
         shapes = tuple(tokens.topk_logp.shape), tuple(tokens.rollout_topk_logp.shape)
         if shapes[0] != shapes[1] or len(shapes[0]) != 2:
             raise TokenStatsError(f"{name_of_region}: topk_logp is {shapes[0]}, rollout_topk_logp {shapes[1]}")
+    return {name: given[name] for name in required}
 
-    floating = {name: given[name].detach() for name in required if given[name].is_floating_point()}
+
+def check_tokens(region: TrustRegion, tokens: TokenStats) -> None:
+    """Refuse statistics that the region would silently turn into a wrong update.
+
+    Raises:
+        TokenStatsError: As ``check_given``; or a log-prob is not finite (in the top-K tensors -inf is allowed: it marks
+            an unused slot).
+    """
+    needed, name_of_region = check_given(region, tokens), type(region).__name__
+    floating = {name: tensor.detach() for name, tensor in needed.items() if tensor.is_floating_point()}
     if not all(tensor.numel() for tensor in floating.values()):
         return
     # amax and amin propagate NaN, so two reductions find any non-finite number without a temporary of the tensor's size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from dppo_lightning.train.assembly import StepPlan, plan_step
 from dppo_lightning.train.module import DPPOModule
 from dppo_lightning.train.objective import ReferenceKL
 from dppo_lightning.train.policy import Policy
-from dppo_lightning.trust_region import BinaryTV
+from dppo_lightning.trust_region import BinaryTV, TrustRegion
 from tests.helpers.runs import QUIET, Memory
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -66,6 +66,13 @@ class NothingDirected:
 
     def agree(self, value: Any, what: str) -> None:
         pass
+
+    def all_gather(self, value: Any) -> list[Any]:
+        if not torch.distributed.is_initialized():
+            return [value]
+        values: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
 
 
 class Recorded(pl.LightningDataModule):
@@ -146,15 +153,19 @@ def train(
     precision: str = "32-true",
     gradient_checkpointing: bool = False,
     probe: Any = None,
+    region: TrustRegion | None = None,
+    module_settings: Mapping[str, Any] = {},
+    **trainer_settings: Any,
 ) -> Trained:
     """Train, and return what came of it on this rank."""
     world = 1 if strategy == "one" else torch.distributed.get_world_size()
     module = EngineLess(
         policy_dir,
-        BinaryTV(0.002),
+        region or BinaryTV(0.002),
         optimizer=optimizer_of(optimizer),
         kl=ReferenceKL(beta),
         gradient_checkpointing=gradient_checkpointing,
+        **module_settings,
     )
     metrics = Memory()
     trainer = pl.Trainer(
@@ -169,6 +180,7 @@ def train(
             "precision": precision,
             "use_distributed_sampler": False,
         }
+        | trainer_settings
     )
     finder = Finder(save, probe)
     trainer.callbacks.append(finder)  # type: ignore[attr-defined]

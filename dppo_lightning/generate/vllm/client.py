@@ -302,6 +302,8 @@ def check_urls(urls: Sequence[str]) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query:
             raise ConfigError(f"VLLMRemote: {url!r} is not like http://host:port")
+        if parts.username or parts.password:
+            raise ConfigError(f"VLLMRemote: {url!r} has a user: servers ask for the key of {CLIENT_KEY_VARIABLE} alone")
     if len(set(urls)) < len(urls):
         raise ConfigError(f"VLLMRemote: urls names a server twice: {', '.join(urls)}")
 

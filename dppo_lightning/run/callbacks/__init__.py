@@ -2,6 +2,7 @@
 
 from dppo_lightning.run.callbacks.checkpoint import Checkpoint
 from dppo_lightning.run.callbacks.curves import Curves
+from dppo_lightning.run.callbacks.health import Health
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
 from dppo_lightning.run.callbacks.mask_audit import MaskAudit
 from dppo_lightning.run.callbacks.profile import Profile
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "CompletionLog",
     "Curves",
+    "Health",
     "HeldOutEvaluation",
     "MaskAudit",
     "Profile",

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
 from dppo_lightning.base.records import Group
+from dppo_lightning.base.secrets import hide_settings, hide_words
 from dppo_lightning.base.timeline import Lane, Span
 from dppo_lightning.run.run_directory import RunDirectory
 from dppo_lightning.run.whole_files import append_text, write_text
@@ -40,11 +41,20 @@ class RunRecord(SaveConfigCallback):
 
     ``run.json`` has an entry for each session of the run, the oldest first: command, versions, git commit, region,
     process, and the checkpoint that it went on from.
+
+    Secrets are in none of them. A secret setting is null there, which leaves it to the environment when the file is run
+    again, or "***" where it may not be null.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        given, self.config = self.config, hide_settings(self.config, None)
+        try:
+            self.parser.dump(self.config)
+        except (TypeError, ValueError, KeyError):
+            self.config = hide_settings(given)
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, DPPOModule)
@@ -52,7 +62,7 @@ class RunRecord(SaveConfigCallback):
         sessions, checkpoint = run.sessions, self.config.get("ckpt_path")
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
+            "command": hide_words(sys.argv),
             "from_checkpoint": None if checkpoint is None else Path(checkpoint).name,
             "host": platform.node(),
             "pid": os.getpid(),
