@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # reward workers import this file, and torch costs each of them seconds and 300 MB
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+FailureKind = Literal["timeout", "memory", "died", "raised"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ class Completion:
         return len(self.token_ids)
 
 
+class Failure(NamedTuple):
+    """Completion that could not be scored.
+
+    Attributes:
+        kind: Way in which scoring it failed.
+        detail: What happened, in one line.
+    """
+
+    kind: FailureKind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
 @dataclass
 class Group:
     """Completions of one prompt with their texts, rewards and advantages. G is their number.
@@ -70,6 +88,7 @@ class Group:
         raw_texts: [G] texts with every token; None where ``texts`` lacks only the one that ended it.
         rewards: [G] float64 rewards, or None before the reward verb.
         reward_parts: Named parts that the reward reported, name -> [G] float64.
+        failures: [G] what became of those that could not be scored, None for the others.
         advantages: Advantages, for each completion [T] float64, one for each of its tokens; None before the advantage
             verb.
         reference_logp: Log-probs under the reference model, [T] for each completion that has a token, or None.
@@ -85,6 +104,7 @@ class Group:
     advantages: list[np.ndarray] | None = None
     reference_logp: list[np.ndarray] | None = None
     raw_texts: list[str | None] = field(default_factory=list)
+    failures: list[Failure | None] = field(default_factory=list)
     step: int | None = None
 
     def sequences(self) -> list[Sequence]:
@@ -117,6 +137,8 @@ class Group:
                 parts = {name: float(values[index]) for name, values in self.reward_parts.items()}
                 row["reward"] = float(self.rewards[index])
                 row["parts"] = {name: None if np.isnan(part) else part for name, part in parts.items()}
+            if self.failures and (failure := self.failures[index]) is not None:
+                row["not_scored"] = str(failure)
             if self.advantages is not None:
                 row["advantage"] = _as_number(self.advantages[index])
             versions = [int(completion.versions[0]), int(completion.versions[-1])] if len(completion) else []

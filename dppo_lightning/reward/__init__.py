@@ -4,6 +4,7 @@ from dppo_lightning.reward.base import RewardFunction, Sample, Score
 from dppo_lightning.reward.function import PythonReward
 from dppo_lightning.reward.gym import ReasoningGymReward
 from dppo_lightning.reward.math import MathReward
+from dppo_lightning.reward.rewarding import Rewarding
 from dppo_lightning.reward.text import ExactMatch, RegexMatch
 from dppo_lightning.reward.weighted import WeightedSum
 
@@ -14,6 +15,7 @@ __all__ = [
     "ReasoningGymReward",
     "RegexMatch",
     "RewardFunction",
+    "Rewarding",
     "Sample",
     "Score",
     "WeightedSum",

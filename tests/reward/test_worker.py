@@ -11,7 +11,7 @@ from dppo_lightning.base.timeline import Timeline
 from dppo_lightning.reward.worker import RewardWorker
 from tests.helpers.models import END
 from tests.helpers.records import make_completion
-from tests.helpers.rewards import Scored
+from tests.helpers.rewards import IN_PROCESS, Scored
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_reward_sees_special_tokens_ids_and_the_raw_text(tokenizer: PreTrained
     ]
     group = Group(Prompt("p", (1,), "?", "A"), [make_completion(ids, reason=reason) for ids, reason in rows], [])
     reward = Scored(lambda sample: float("<think>" in sample.completion))
-    worker = RewardWorker(reward, Decoder(tokenizer, (END, turn)), 9.0, Timeline())
+    worker = RewardWorker(reward, Decoder(tokenizer, (END, turn)), IN_PROCESS, Timeline())
     worker.submit(group).result(9)
     worker.close()
     assert group.rewards is not None
