@@ -192,16 +192,18 @@ class RolloutStream:
         self.pool.remove(chosen + [flight for flight in settled if flight.group is None])
         if self.streaming.late == "wait":
             self.pool.counts["stream/aborted"] = self.pool.remove([*self._share(window.start).flights.values()])
-        self.worker.check([f.group for f in chosen + self._rejected if f.group is not None])
+        not_scored = self.worker.check([f.group for f in chosen + self._rejected if f.group is not None])
         self._record(chosen + self._rejected)
         seconds = {
             "generate": max((f.finished or 0.0 for f in chosen), default=0.0)
             - min((f.submitted for f in chosen), default=0.0),
             "reward": sum(f.rewarded.result() for f in chosen + self._rejected if f.rewarded is not None),
         }
-        counts = {name: float(self.pool.counts[name]) for name in COUNTED} | {
-            "stream/in_flight": float(self.inbox.in_flight)
-        }
+        counts = (
+            {name: float(self.pool.counts[name]) for name in COUNTED}
+            | {"stream/in_flight": float(self.inbox.in_flight)}
+            | not_scored
+        )
         self.pool.counts.clear()
         self._rejected, self._next = [], window.start + window.steps
         self._reserved.discard(window.start)

@@ -135,7 +135,7 @@ class CellProcess:
         lines = body.split(b"\n")
         if len(lines) != len(units):
             raise EOFError(f"{len(lines)} answers to {len(units)} units")
-        return [read_outcome(line, count) for line, count in zip(lines, counts, strict=True)]
+        return [read_outcome(line, count, not together) for line, count in zip(lines, counts, strict=True)]
 
     def _started(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ENVIRONMENT

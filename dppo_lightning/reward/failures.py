@@ -36,13 +36,19 @@ class FailureBound:
         if len(self._last) == WINDOW:
             self._check(list(self._last))
 
-    def check(self, groups: Iterable[Group]) -> None:
+    def check(self, groups: Iterable[Group]) -> dict[str, float]:
         """Look at the completions of a rollout or an evaluation.
+
+        Returns:
+            Number of those that failed in each way, as metrics.
 
         Raises:
             RewardError: Too many of them failed.
         """
-        self._check([failure for group in groups for failure in group.failures])
+        failures = [failure for group in groups for failure in group.failures]
+        self._check(failures)
+        kinds = Counter(failure.kind for failure in failures if failure is not None)
+        return {f"reward/failed_{kind}": float(kinds[kind]) for kind in FAILURES}
 
     def _check(self, failures: list[Failure | None]) -> None:
         found = [failure for failure in failures if failure is not None]

@@ -55,8 +55,13 @@ def refused(error: RewardError) -> bytes:
     return json.dumps({"error": str(error)}).encode()
 
 
-def read_outcome(line: bytes, count: int) -> Outcome:
-    """Read what a scorer wrote of a unit of ``count`` completions, which may be anything.
+def read_outcome(line: bytes, count: int, ran: bool) -> Outcome:
+    """Read what a scorer wrote of a unit, which may be anything.
+
+    Args:
+        line: What it wrote.
+        count: Number of the unit's completions.
+        ran: Whether it may have executed them: an error of the reward itself may then be theirs, and is a failure.
 
     Raises:
         RewardError: The reward itself is wrong.
@@ -64,6 +69,8 @@ def read_outcome(line: bytes, count: int) -> Outcome:
     try:
         found = json.loads(line)
         if "error" in found:
+            if ran:
+                return Failure("raised", str(found["error"])[:1000])
             raise RewardError(str(found["error"])[:1000])
         if "failed" in found:
             kind, detail = found["failed"]

@@ -37,8 +37,10 @@ class Limits:
 
 def write_lines(lines: Iterator[bytes]) -> None:
     """Write lines to descriptor 3, now and then: each write wakes the keeper."""
-    waiting, written = bytearray(), time.monotonic()
+    waiting, written, scorer = bytearray(), time.monotonic(), os.getpid()
     for line in lines:
+        if os.getpid() != scorer:  # a completion has forked, and this is the copy
+            os._exit(0)
         waiting += line + b"\n"
         if time.monotonic() - written > FLUSH or len(waiting) > LONGEST:
             os.write(3, waiting)

@@ -99,13 +99,16 @@ class RewardWorker:
                 "completion is given up"
             )
 
-    def check(self, groups: Sequence[Group]) -> None:
+    def check(self, groups: Sequence[Group]) -> dict[str, float]:
         """Look at all groups of a rollout or an evaluation.
 
+        Returns:
+            Number of their completions that could not be scored, as metrics for each kind of failure.
+
         Raises:
-            RewardError: Too many of their completions could not be scored.
+            RewardError: There are too many.
         """
-        self.bound.check(groups)
+        return self.bound.check(groups)
 
     def close(self) -> None:
         """End the worker processes; a thread ends once its present call returns."""

@@ -1,0 +1,185 @@
+"""Completions that attack: what they may do, what they cost, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dppo_lightning.base.records import Failure
+from dppo_lightning.reward import PythonReward, ReasoningGymReward, RewardFunction, Sample
+from dppo_lightning.reward.cell_process import CellProcess
+from dppo_lightning.reward.gym import evaluates
+from dppo_lightning.reward.pool import RewardPool
+from dppo_lightning.reward.rewarding import Rewarding
+from tests.helpers.hostile import SECRET, attacks
+from tests.helpers.processes import children, wait_until
+from tests.reward.cases import gym_sample
+
+
+@dataclass
+class Place:
+    """Surroundings of the attacks.
+
+    Attributes:
+        folder: Folder that must stay empty.
+        server: Socket that nobody may connect to.
+    """
+
+    folder: Path
+    server: socket.socket
+
+    @property
+    def port(self) -> int:
+        return int(self.server.getsockname()[1])
+
+    def untouched(self) -> bool:
+        """Tell whether nobody connected and no file was written."""
+        self.server.setblocking(False)
+        try:
+            self.server.accept()
+        except BlockingIOError:
+            return not list(self.folder.iterdir())
+        return False
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setenv(SECRET, SECRET)
+    folder = tmp_path / "canary"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield Place(folder, server)
+        assert nothing_left()
+
+
+def nothing_left() -> bool:
+    wait_until(lambda: not any("dppo_lightning.reward.cell" in command(pid) for pid in children(os.getpid())))
+    return True
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+SHORT, LONG = 0.5, 60.0
+"""Seconds for completions that never end, and for those that do, however loaded the machine is."""
+
+
+@contextmanager
+def worker(reward: RewardFunction, timeout: float) -> Iterator[CellProcess]:
+    """One worker, of which nothing is left."""
+    pool = RewardPool(reward, Rewarding(timeout=timeout, memory_mib=256))
+    caller = pool.caller()
+    assert isinstance(caller, CellProcess)
+    try:
+        yield caller
+    finally:
+        pool.close()
+    assert caller.folder
+    assert not os.path.exists(caller.folder)
+
+
+OBEDIENT = PythonReward("tests.helpers.hostile.obey", runs_completions=True)
+
+
+def test_no_attack_gets_through_a_reward_that_runs_completions(place: Place) -> None:
+    """Each program is scored as if the others had not been there, and the harmless ones among them get their score."""
+    programs = attacks(place.folder / "file", place.port)
+    harmless = Sample("?", "value = 0.5")
+    for timeout in (SHORT, LONG):
+        mine = {name: each for name, each in programs.items() if ("timeout" in each[1]) is (timeout == SHORT)}
+        samples = [sample for program, _ in mine.values() for sample in (Sample("?", program), harmless)]
+        with worker(OBEDIENT, timeout) as caller:
+            outcomes = caller.score([[sample] for sample in samples], together=False)
+        for (name, (_, kinds)), outcome in zip(mine.items(), outcomes[::2], strict=True):
+            if isinstance(outcome, Failure):
+                assert outcome.kind in kinds.split(), (name, outcome)
+            else:
+                assert not kinds, (name, outcome)
+                assert outcome[0].value == 0.5, name
+        if timeout == LONG:
+            assert [not isinstance(o, Failure) and o[0].value for o in outcomes[1::2]] == [0.5] * len(mine)
+    assert place.untouched()
+
+
+EXPRESSIONS = {
+    "evaluate": "0 * 7",
+    "write": "[open({file!r}, 'w').write('x')]",
+    "write in a shell": "__import__('os').system('echo x > {file}')",
+    "exit": "exit()",
+    "raise SystemExit": "(_ for _ in ()).throw(SystemExit(0))",
+    "end the process": "__import__('os')._exit(0)",
+    "hang": "9**9**8",
+    "sleep": "__import__('time').sleep(1000)",
+    "allocate 50 GB": "bytearray(50 << 30)",
+    "print": "[print('x' * (1 << 20)) for _ in range(1024)]",
+    "fork": "[__import__('os').fork() for _ in range(2)]",
+    "thread": "__import__('_thread').start_new_thread(exec, ('while True: pass',))",
+    "connect": "__import__('socket').create_connection(('127.0.0.1', {port}), 1)",
+    "environment": "__import__('os').environ[{secret!r}]",
+}
+
+
+ENDLESS = ("hang", "sleep", "thread")
+"""Those that may last as long as they are given."""
+
+
+def attack_gym(tasks: Sequence[str], place: Place) -> None:
+    """Give the scorers of tasks every expression as an answer."""
+    known = {"file": str(place.folder / "file"), "port": place.port, "secret": SECRET}
+    reward = ReasoningGymReward()
+    running = [task for task in tasks if evaluates(task)]
+    texts = {name: text.format(**known) for name, text in EXPRESSIONS.items()}
+    with worker(reward, SHORT) as caller:
+        for name in ENDLESS:
+            mine = [gym_sample(texts[name], task) for task in running]
+            for task, outcome in zip(running, caller.score([[sample] for sample in mine], False), strict=True):
+                assert isinstance(outcome, Failure) or outcome[0].value < 1, (task, name, outcome)
+    with worker(reward, LONG) as caller:
+        for name, text in texts.items():
+            if name not in ENDLESS:
+                mine = [gym_sample(text, task) for task in running]
+                for task, outcome in zip(running, caller.score([[sample] for sample in mine], False), strict=True):
+                    if isinstance(outcome, Failure):
+                        assert outcome.kind != "timeout", (task, name, outcome)
+                        assert name != "evaluate", (task, outcome)
+                    else:
+                        assert outcome[0].value < 1, (task, name, outcome)
+        for task in set(tasks) - set(running):
+            mine = [gym_sample(text, task) for text in texts.values()]
+            for name, outcome in zip(texts, caller.score([[sample] for sample in mine], True), strict=True):
+                assert not isinstance(outcome, Failure), (task, name, outcome)
+                assert outcome[0].value < 1, (task, name, outcome)
+    assert place.untouched()
+
+
+def test_no_attack_gets_through_the_scorers_of_some_tasks(place: Place) -> None:
+    attack_gym(["spiral_matrix", "countdown", "spell_backward"], place)
+
+
+@pytest.mark.slow
+def test_no_attack_gets_through_the_scorer_of_any_task(place: Place) -> None:
+    from reasoning_gym.factory import DATASETS
+
+    attack_gym(sorted(DATASETS.keys() - {"composite"}), place)
+
+
+def test_the_tests_own_place_would_notice(place: Place) -> None:
+    """The canaries work: the same programs, without a wall."""
+    (place.folder / "file").write_text("x")
+    assert not place.untouched()
+    names: dict[str, float] = {}
+    exec(attacks(place.folder, place.port)["read the environment"][0], names)
+    assert names["value"] == 1.0
+    assert sys.modules["tests.helpers.hostile"]
