@@ -155,6 +155,11 @@ class RewardWorker:
             groups = [self._samples(job.group) for job in jobs]
             units = [unit for samples in groups for unit in self._units(samples)]
             together = not any(self.reward.runs(job.group.prompt) for job in jobs)
+            if not together and self.settings.isolation == "none":
+                raise RewardError(
+                    f"{self.reward.label} may execute what the model writes, which the trainer's process never does: "
+                    "set data.rewarding.isolation: process"
+                )
             outcomes = iter(caller.score(units, together))
             for job, samples in zip(jobs, groups, strict=True):
                 self._write(job, [(unit, next(outcomes)) for unit in self._units(samples)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,3 +114,16 @@ def fail_at(samples: Sequence[Sample], words: tuple[str, ...] = ("bad",)) -> lis
         if any(word in sample.completion for word in words):
             raise ValueError(sample.completion)
     return [Score(float(len(sample.completion)), {"letters": 1.0}) for sample in samples]
+
+
+def surroundings(samples: Sequence[Sample]) -> list[Score]:
+    """What a reward finds of its surroundings, as numbers."""
+    environment = Path("/proc/self/environ").read_bytes() if os.access("/proc/self/environ", os.R_OK) else b""
+    parts = {
+        "secret": float(SECRET in os.environ or SECRET.encode() in environment),
+        "hash": float(hash("text") % 1000),
+        "heavy": float(bool({"torch", "transformers", "lightning", "vllm"} & sys.modules.keys())),
+        "threads": float(threading.active_count()),
+        "variables": float(len(os.environ)),
+    }
+    return [Score(0.0, parts) for _ in samples]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from dppo_lightning.base.records import Failure
-from dppo_lightning.reward import PythonReward, ReasoningGymReward, RewardFunction, Sample
+from dppo_lightning.reward import (
+    CodeReward,
+    ExactMatch,
+    MathReward,
+    PythonReward,
+    ReasoningGymReward,
+    RegexMatch,
+    RewardFunction,
+    Sample,
+)
 from dppo_lightning.reward.cell_process import CellProcess
 from dppo_lightning.reward.gym import evaluates
 from dppo_lightning.reward.pool import RewardPool
@@ -175,6 +183,55 @@ def test_no_attack_gets_through_the_scorer_of_any_task(place: Place) -> None:
     attack_gym(sorted(DATASETS.keys() - {"composite"}), place)
 
 
+def test_no_attack_gets_through_code_under_test(place: Place) -> None:
+    """A program that attacks passes no test, and one that does not is tested beside it."""
+    programs = attacks(place.folder / "file", place.port)
+    tests = {"tests": [{"input": "", "output": "right"}]}
+    names = [name for name, (_, kinds) in programs.items() if "timeout" not in kinds]
+    honest = Sample("?", "print('right')", None, tests)
+    samples = [s for name in names for s in (Sample("?", programs[name][0], None, tests), honest)]
+    with worker(CodeReward(test_timeout=20), LONG) as caller:
+        outcomes = caller.score([[sample] for sample in samples], together=False)
+    for name, outcome in zip(names, outcomes[::2], strict=True):
+        assert isinstance(outcome, Failure) or outcome[0].value == 0, (name, outcome)
+    assert [not isinstance(o, Failure) and o[0].value for o in outcomes[1::2]] == [1] * len(names)
+    endless = [Sample("?", programs[name][0], None, tests) for name in programs if name not in names]
+    with worker(CodeReward(test_timeout=0.3), LONG) as caller:
+        for outcome in caller.score([[sample] for sample in endless], together=False):
+            assert isinstance(outcome, Failure) or outcome[0].value == 0
+    assert place.untouched()
+
+
+def test_no_attack_gets_through_mathematics_and_text(place: Place) -> None:
+    texts = [text.format(file=place.folder / "file", port=place.port, secret=SECRET) for text in EXPRESSIONS.values()]
+    for reward in (MathReward(), ExactMatch(), RegexMatch("= (.*)", compare=True)):
+        samples = [Sample("?", f"{form}{text}{form}", "12") for text in texts for form in ("", "$", "= ")]
+        with worker(reward, LONG) as caller:
+            for sample, outcome in zip(samples, caller.score([[s] for s in samples], together=True), strict=True):
+                assert not isinstance(outcome, Failure), (sample.completion, outcome)
+                assert outcome[0].value == 0, sample.completion
+    assert place.untouched()
+
+
+@pytest.mark.parametrize(
+    ("reward", "endless", "right"),
+    [
+        (RegexMatch(r"(\w+\s?)+;"), "a" * 60, "a;"),
+        (MathReward(), "$9^{9^{9^{9}}}+1$", "12"),
+    ],
+    ids=["regex", "math"],
+)
+def test_a_computation_without_end_costs_its_time_limit_and_nobody_else(
+    reward: RewardFunction, endless: str, right: str, place: Place
+) -> None:
+    samples = [Sample("?", text, "12") for text in (right, endless, right, "no")]
+    with worker(reward, 4.0) as caller:
+        outcomes = caller.score([[sample] for sample in samples], together=True)
+    assert isinstance(outcomes[1], Failure)
+    assert outcomes[1].kind in ("timeout", "memory")
+    assert [not isinstance(o, Failure) and o[0].value for o in outcomes] == [1, False, 1, 0]
+
+
 def test_the_tests_own_place_would_notice(place: Place) -> None:
     """The canaries work: the same programs, without a wall."""
     (place.folder / "file").write_text("x")
@@ -182,4 +239,3 @@ def test_the_tests_own_place_would_notice(place: Place) -> None:
     names: dict[str, float] = {}
     exec(attacks(place.folder, place.port)["read the environment"][0], names)
     assert names["value"] == 1.0
-    assert sys.modules["tests.helpers.hostile"]
