@@ -6,11 +6,9 @@ import asyncio
 import random
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import FrameType
 
 from dppo_lightning.base.errors import RewardError, one_line
@@ -30,13 +28,23 @@ class OutOfTime(BaseException):
     """The completion's time is up; no Exception, so that few scorers catch it."""
 
 
+_limited = False
+
+
+def keep_time() -> None:
+    """Let ``score_unit`` keep its time limit by a signal; for the main thread of a process that does nothing else."""
+    global _limited
+    signal.signal(signal.SIGALRM, _out_of_time)
+    _limited = True
+
+
 def score_unit(reward: RewardFunction, unit: Unit, timeout: float) -> Outcome:
     """Score in one call.
 
     Args:
         reward: Reward that is called.
         unit: Completions to score.
-        timeout: Seconds for each; kept by a signal, so on the main thread only.
+        timeout: Seconds for each; one that takes longer is interrupted where ``keep_time`` was called.
 
     Raises:
         RewardError: The reward returned something else than one finite number each, or cannot score such a prompt.
@@ -47,8 +55,13 @@ def score_unit(reward: RewardFunction, unit: Unit, timeout: float) -> Outcome:
         sys.modules["numpy.random"].seed(0)
     started = time.monotonic()
     try:
-        with _alarm(limit):
+        try:
+            if _limited:
+                signal.setitimer(signal.ITIMER_REAL, limit, AGAIN)
             scores = reward(unit)
+        finally:
+            if _limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         return scores if time.monotonic() - started <= limit else too_late(timeout)
     except RewardError:
         raise
@@ -104,19 +117,6 @@ def failed(error: BaseException, timeout: float) -> Failure:
 
 def too_late(timeout: float) -> Failure:
     return Failure("timeout", f"{timeout:g} s")
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _out_of_time(number: int, frame: FrameType | None) -> None:

@@ -12,26 +12,29 @@ the answers. When the trainer ends, however it does, the input ends, and with it
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import select
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from dppo_lightning.base.errors import RewardError, one_line
 from dppo_lightning.base.records import Failure
 from dppo_lightning.reward import cleaning, confine
 from dppo_lightning.reward.base import RewardFunction
-from dppo_lightning.reward.calling import Unit
 from dppo_lightning.reward.messages import encoded, read_delivery, refused, send
-from dppo_lightning.reward.scorer import LONGEST, Limits, score_lines, write_lines
+from dppo_lightning.reward.scorer import LONGEST, Limits, serve_scorer
 
 GRACE = 1.0
 """Seconds after its time limit when a completion's process is ended from outside."""
+
+SHARED_DELIVERIES = 64
+"""Deliveries after which a scorer that several share is replaced, with what memory it has lost."""
 
 TICK = 0.02
 """Seconds between looks at a scorer that says nothing."""
@@ -72,6 +75,23 @@ def main() -> None:
     cleaning.remove(folder)
 
 
+@dataclass
+class Scorer:
+    """A scorer, from its keeper's side.
+
+    Attributes:
+        pid: Process id.
+        answers: Descriptor that its lines are read from.
+        asks: Descriptor that it is told by what to score of the delivery.
+        left: Number of deliveries that it may still score.
+    """
+
+    pid: int
+    answers: int
+    asks: int
+    left: int
+
+
 class Cell:
     """Keeper: forks scorers, watches them and ends them.
 
@@ -96,6 +116,9 @@ class Cell:
         self.alone = "own process ids" in spaces
         self.scratch = False
         self.longest = 1  # completions of one unit
+        self.delivery = os.memfd_create("delivery")
+        self.scorer: Scorer | None = None  # that lives
+        self.shared: Scorer | None = None  # the same, where the next delivery may have it
         self.reward: RewardFunction
 
     def serve(self, reward: bytes) -> None:
@@ -126,6 +149,7 @@ class Cell:
             self.longest = header["longest"]
             lines = self.score(units, list(range(header["units"])), header["together"])
             send(self.answers, {}, b"\n".join(lines))
+        self._clean()
         return None
 
     def score(self, units: bytes, places: list[int], together: bool) -> list[bytes]:
@@ -134,48 +158,59 @@ class Cell:
         Args:
             units: The delivery.
             places: Places of the units.
-            together: Whether they may share a scorer.
+            together: Whether they may share a scorer, which those of earlier and later deliveries use too.
         """
         lines: list[bytes] = []
-        if together and len(places) > 1:
-            lines = self._scorer(units, places)[0]
+        if together:
+            scorer = self.shared or self._forked(len(places), SHARED_DELIVERIES)
+            lines, _ = self._asked(scorer, units, places)
+            scorer.left -= 1
+            self.shared = scorer if scorer.left and len(lines) == len(places) else None
+        if self.shared is None or not together:
+            self._clean()
         for place in places[len(lines) :]:
-            done, failure = self._scorer(units, [place])
+            done, failure = self._asked(self._forked(1, 1), units, [place])
             lines += done or [encoded(failure)]
+            self._clean()
         return lines
 
-    def _scorer(self, units: bytes, places: Sequence[int]) -> tuple[list[bytes], Failure]:
-        """Score in a new process; the lines that it wrote, and what happened to it where some are missing."""
-        reads, writes = os.pipe()
+    def _asked(self, scorer: Scorer, units: bytes, places: list[int]) -> tuple[list[bytes], Failure]:
+        os.pwrite(self.delivery, units, 0)
+        with suppress(BrokenPipeError):  # it has ended
+            os.write(scorer.asks, json.dumps({"bytes": len(units), "places": places}).encode() + b"\n")
+        return self._watched(scorer, len(places))
+
+    def _forked(self, count: int, deliveries: int) -> Scorer:
+        """Start a scorer.
+
+        Args:
+            count: Number of the units that it scores of a delivery.
+            deliveries: Number of deliveries that it may score.
+        """
+        (reads, writes), (wants, asks) = os.pipe(), os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                os.dup2(writes, 3, inheritable=False)
-                wanted = self._prepared(units, len(places))
-                write_lines(score_lines(self.reward, wanted, places, self.limits))
+                self._become_scorer((writes, wants, self.delivery), count * deliveries)
+                serve_scorer(self.reward, self.limits)
+            except Exception as error:
+                line = refused(RewardError(f"a scorer did not start: {one_line(error, typed=True)}"))
+                os.write(3, line + b"\n")
             finally:
                 os._exit(0)
         os.close(writes)
-        try:
-            return self._watched(pid, reads, len(places))
-        finally:
-            os.close(reads)
-            self._clean(pid)
+        os.close(wants)
+        self.scorer = Scorer(pid, reads, asks, deliveries)
+        return self.scorer
 
-    def _prepared(self, units: bytes, count: int) -> list[Unit]:
-        """Become a scorer; what it scores."""
-        try:
-            self._become_scorer(count)
-            wanted: list[Unit] = pickle.loads(units)
-            return wanted
-        except Exception as error:
-            os.write(3, refused(RewardError(f"a scorer did not start: {one_line(error, typed=True)}")) + b"\n")
-            raise
-
-    def _become_scorer(self, units: int) -> None:
-        """Give up everything but one descriptor, 3, to write scores to."""
+    def _become_scorer(self, descriptors: tuple[int, ...], units: int) -> None:
+        """Give up everything but what it is asked by and answers with: the descriptors from 3 on."""
         os.setsid()
-        os.closerange(4, 1 << 20)
+        for number, kept in enumerate([os.dup(descriptor) for descriptor in descriptors], start=100):
+            os.dup2(kept, number)  # out of the way of each other
+        for number in range(len(descriptors)):
+            os.dup2(100 + number, 3 + number, inheritable=False)
+        os.closerange(3 + len(descriptors), 1 << 20)
         os.dup2(0, 2)
         os.chdir(self.folder)
         others = confine.processes_of_user() if self.user.id is None and not self.alone else 0
@@ -187,11 +222,12 @@ class Cell:
         confine.die_with_parent()
         confine.hide_memory()
 
-    def _watched(self, pid: int, reads: int, units: int) -> tuple[list[bytes], Failure]:
+    def _watched(self, scorer: Scorer, units: int) -> tuple[list[bytes], Failure]:
+        """Wait for the scores of some units; the lines, and what happened where some are missing."""
         at_once = units if self.reward.asynchronous else 1  # lines come at the end
         patience = self.limits.timeout * self.longest * at_once + GRACE
         poll = select.poll()
-        poll.register(reads, select.POLLIN)
+        poll.register(scorer.answers, select.POLLIN)
         poll.register(self.commands, 0)  # only its end
         buffer, found, ended = b"", 0, False
         deadline = time.monotonic() + patience
@@ -199,9 +235,9 @@ class Cell:
             # A scorer's children may hold its pipe open, so its end is looked for, too.
             events = dict(poll.poll(0 if ended else TICK * 1000))
             if events.get(self.commands.fileno(), 0) & (select.POLLHUP | select.POLLERR):
-                self._clean(pid)
+                self._clean()
                 os._exit(0)
-            part = os.read(reads, 1 << 16) if events.get(reads, 0) else b""
+            part = os.read(scorer.answers, 1 << 16) if events.get(scorer.answers, 0) else b""
             buffer += part
             now = buffer.count(b"\n")
             if now > found:
@@ -212,11 +248,11 @@ class Cell:
             if len(lines[-1]) > LONGEST:
                 return lines[:-1], Failure("died", "wrote something else than scores")
             if ended and not part:
-                return lines[:-1], self._cause(pid)
+                return lines[:-1], self._cause(scorer.pid)
             if time.monotonic() > deadline:
                 return lines[:-1], Failure("timeout", f"{self.limits.timeout:g} s")
-            ended = ended or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-            if events.get(reads, 0) and not part and not ended:
+            ended = ended or os.waitid(os.P_PID, scorer.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            if events.get(scorer.answers, 0) and not part and not ended:
                 time.sleep(TICK)  # it has closed its pipe and lives
 
     def _cause(self, pid: int) -> Failure:
@@ -228,8 +264,13 @@ class Cell:
             return Failure("timeout", "processor time")
         return Failure("died", f"signal {signal.Signals(ended.si_status).name}")
 
-    def _clean(self, pid: int) -> None:
-        """End a scorer with all that it has started, and remove what it wrote."""
+    def _clean(self) -> None:
+        """End the scorer with all that it has started, and remove what it wrote."""
+        if self.scorer is None:
+            return
+        os.close(self.scorer.answers)
+        os.close(self.scorer.asks)
+        self.scorer = self.shared = None
         if self.alone:
             with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)  # every process of the namespace but this, its first

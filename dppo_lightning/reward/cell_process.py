@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from dppo_lightning.base.errors import RewardError, one_line
 from dppo_lightning.base.records import Failure
 from dppo_lightning.reward.calling import Outcome, Unit
 from dppo_lightning.reward.cleaning import end_descendants
-from dppo_lightning.reward.messages import read_outcome
+from dppo_lightning.reward.messages import read_outcome, send
 from dppo_lightning.reward.rewarding import Rewarding
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,13 @@ class CellProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.folder = ""
         self._closed = False
+        self._asking = threading.Lock()
 
     def score(self, units: Sequence[Unit], together: bool) -> list[Outcome]:
+        with self._asking:
+            return self._score(units, together)
+
+    def _score(self, units: Sequence[Unit], together: bool) -> list[Outcome]:
         try:
             return self._delivered(units, together)
         except (OSError, EOFError) as error:
@@ -84,38 +90,31 @@ class CellProcess:
         return found
 
     def stop(self) -> None:
-        """Tell the process to end."""
+        """Tell the process to end; a call that is under way raises ``Closed``."""
         self._closed = True
-        process = self.process
-        if process is not None and process.stdin is not None:
-            try:
-                os.close(os.dup(process.stdin.fileno()))  # raises where it is closed
-                process.stdin.close()
-            except (OSError, ValueError):
-                pass
+        if self.process is not None:
+            self.process.terminate()
 
     def close(self) -> None:
         """End the process, with all that it has started."""
         self.stop()
-        process, self.process = self.process, None
-        if process is None:
-            return
-        try:
-            process.wait(END_LIMIT)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(END_LIMIT)
-            except subprocess.TimeoutExpired:
-                self._kill(process)
-        if process.stdout is not None:
-            process.stdout.close()
+        with self._asking:
+            process, self.process = self.process, None
+        if process is not None:
+            self._end(process, END_LIMIT)
 
-    def _kill(self, process: subprocess.Popen[bytes]) -> None:
-        end_descendants(process.pid)
-        process.kill()
-        process.wait()
-        shutil.rmtree(self.folder or os.devnull, ignore_errors=True)
+    def _end(self, process: subprocess.Popen[bytes], patience: float) -> None:
+        """Wait so many seconds for a worker that was told to end, then kill it."""
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            end_descendants(process.pid)
+            process.kill()
+            process.wait()
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     def _replace(self, error: Exception) -> None:
         if self._closed:
@@ -123,13 +122,14 @@ class CellProcess:
         log.warning(f"a reward worker ended ({one_line(error)}); another takes its place")
         process, self.process = self.process, None
         if process is not None:
-            self._kill(process)
+            self._end(process, 0.0)
 
     def _delivered(self, units: Sequence[Unit], together: bool) -> list[Outcome]:
         process = self.process or self._started()
+        assert process.stdin is not None
         counts = [len(unit) for unit in units]
         header = {"units": len(units), "longest": max(counts), "together": together}
-        self._send(process, header, pickle.dumps([list(unit) for unit in units], protocol=5))
+        send(process.stdin.fileno(), header, pickle.dumps([list(unit) for unit in units], protocol=5))
         patience = 2 * sum(counts) * (self.settings.timeout + 1.0) + SLACK
         _, body = self._receive(process, patience)
         lines = body.split(b"\n")
@@ -143,19 +143,21 @@ class CellProcess:
             [sys.executable, "-c", BOOT, json.dumps([path or os.getcwd() for path in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             env=environment,
             start_new_session=True,  # Ctrl-C is the trainer's
         )
         self.process = process
+        assert process.stdin is not None
         if self._closed:
-            raise Closed
+            process.terminate()
         limits = {
             "timeout": self.settings.timeout,
             "memory": self.settings.memory_mib << 20,
             "concurrency": self.settings.concurrency,
         }
         try:
-            self._send(process, limits, self.pickled)
+            send(process.stdin.fileno(), limits, self.pickled)
             hello, _ = self._receive(process, START_LIMIT)
         except (OSError, EOFError) as error:
             if self._closed:
@@ -169,14 +171,6 @@ class CellProcess:
         self.folder = hello["folder"]
         self.tell(hello["missing"])
         return process
-
-    def _send(self, process: subprocess.Popen[bytes], header: dict[str, Any], body: bytes) -> None:
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps({**header, "bytes": len(body)}).encode() + b"\n" + body)
-            process.stdin.flush()
-        except ValueError as error:  # closed meanwhile
-            raise EOFError(str(error)) from error
 
     def _receive(self, process: subprocess.Popen[bytes], seconds: float) -> tuple[dict[str, Any], bytes]:
         """Read a message.

@@ -210,7 +210,7 @@ def set_limits(memory: int, seconds: int, others: int) -> None:
     ):
         hard = resource.getrlimit(kind)[1]
         limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (limit, limit))
+        resource.setrlimit(kind, (limit, limit + 1 if kind == resource.RLIMIT_CPU else limit))  # a signal, then the end
 
 
 def processes_of_user() -> int:

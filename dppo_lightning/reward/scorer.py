@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dppo_lightning.base.errors import RewardError
 from dppo_lightning.reward.base import RewardFunction
-from dppo_lightning.reward.calling import Unit, score_unit, score_units
+from dppo_lightning.reward.calling import Unit, keep_time, score_unit, score_units
 from dppo_lightning.reward.messages import encoded, refused
 
 LONGEST = 1 << 16
@@ -33,6 +35,16 @@ class Limits:
     timeout: float
     memory: int
     concurrency: int
+
+
+def serve_scorer(reward: RewardFunction, limits: Limits) -> None:
+    """Score what descriptor 4 asks for of the delivery in descriptor 5, and answer on 3, until there is no more."""
+    keep_time()
+    with os.fdopen(4, "rb") as asks:
+        for line in asks:
+            asked = json.loads(line)
+            units = pickle.loads(os.pread(5, asked["bytes"], 0))
+            write_lines(score_lines(reward, units, asked["places"], limits))
 
 
 def write_lines(lines: Iterator[bytes]) -> None:

@@ -22,8 +22,8 @@ from dppo_lightning.reward.failures import FailureBound
 from dppo_lightning.reward.pool import Caller, RewardPool
 from dppo_lightning.reward.rewarding import Rewarding
 
-BATCH = 64
-"""Completions from which on no further group is added to a call."""
+BATCH, LARGEST = 64, 256
+"""Completions from which on no further group is added to a call, while few wait and while many do."""
 
 
 @dataclass
@@ -60,6 +60,7 @@ class RewardWorker:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._busy = 0
+        self._waiting = 0  # completions in the queue
         self._late_at: dict[int, float] = {}  # of calls in this process: thread -> when it has taken too long
 
     def submit(self, group: Group, overlong_penalty: float = 0.0) -> Future[float]:
@@ -74,6 +75,7 @@ class RewardWorker:
         """
         job = _Job(group, overlong_penalty, Future())
         with self._lock:
+            self._waiting += len(group.completions)
             if self._busy == len(self._threads) < self.pool.callers:
                 self._busy += 1
                 # A daemon: a reward that never returns must not keep the process from ending.
@@ -132,10 +134,13 @@ class RewardWorker:
     def _gathered(self, job: _Job | None) -> list[_Job]:
         """Take a group and those that wait behind it; none when the worker was closed."""
         jobs, completions = [], 0
+        limit = min(max(BATCH, self._waiting // self.pool.callers), LARGEST)
         while job is not None:
             jobs.append(job)
             completions += len(job.group.completions)
-            if completions >= BATCH:
+            with self._lock:
+                self._waiting -= len(job.group.completions)
+            if completions >= limit:
                 break
             try:
                 job = self._jobs.get_nowait()

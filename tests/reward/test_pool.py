@@ -192,7 +192,7 @@ def test_workers_end_with_a_trainer_that_is_killed(trainer: subprocess.Popen[str
     score, folder = answer(trainer)
     workers = children(trainer.pid)
     assert score == "1.0"
-    assert len(workers) == 2
+    assert len(workers) >= 2
     trainer.send_signal(signal.SIGKILL)
     wait_until_gone(*workers)
     assert not os.path.exists(folder)

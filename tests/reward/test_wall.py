@@ -6,7 +6,8 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,15 @@ ENDLESS = ("hang", "sleep", "thread")
 """Those that may last as long as they are given."""
 
 
+@cache
+def question(task: str) -> Sample:
+    return gym_sample("", task)  # some tasks take a second to make one
+
+
+def answer(completion: str, task: str) -> Sample:
+    return replace(question(task), completion=completion)
+
+
 def attack_gym(tasks: Sequence[str], place: Place) -> None:
     """Give the scorers of tasks every expression as an answer."""
     known = {"file": str(place.folder / "file"), "port": place.port, "secret": SECRET}
@@ -151,13 +161,13 @@ def attack_gym(tasks: Sequence[str], place: Place) -> None:
     texts = {name: text.format(**known) for name, text in EXPRESSIONS.items()}
     with worker(reward, SHORT) as caller:
         for name in ENDLESS:
-            mine = [gym_sample(texts[name], task) for task in running]
+            mine = [answer(texts[name], task) for task in running]
             for task, outcome in zip(running, caller.score([[sample] for sample in mine], False), strict=True):
                 assert isinstance(outcome, Failure) or outcome[0].value < 1, (task, name, outcome)
     with worker(reward, LONG) as caller:
         for name, text in texts.items():
             if name not in ENDLESS:
-                mine = [gym_sample(text, task) for task in running]
+                mine = [answer(text, task) for task in running]
                 for task, outcome in zip(running, caller.score([[sample] for sample in mine], False), strict=True):
                     if isinstance(outcome, Failure):
                         assert outcome.kind != "timeout", (task, name, outcome)
@@ -165,7 +175,7 @@ def attack_gym(tasks: Sequence[str], place: Place) -> None:
                     else:
                         assert outcome[0].value < 1, (task, name, outcome)
         for task in set(tasks) - set(running):
-            mine = [gym_sample(text, task) for text in texts.values()]
+            mine = [answer(text, task) for text in texts.values()]
             for name, outcome in zip(texts, caller.score([[sample] for sample in mine], True), strict=True):
                 assert not isinstance(outcome, Failure), (task, name, outcome)
                 assert outcome[0].value < 1, (task, name, outcome)
@@ -203,7 +213,9 @@ def test_no_attack_gets_through_code_under_test(place: Place) -> None:
 
 
 def test_no_attack_gets_through_mathematics_and_text(place: Place) -> None:
-    texts = [text.format(file=place.folder / "file", port=place.port, secret=SECRET) for text in EXPRESSIONS.values()]
+    known = {"file": place.folder / "file", "port": place.port, "secret": SECRET}
+    # "hang" is a formula, which mathematics tries to compute: see the next test
+    texts = [text.format(**known) for name, text in EXPRESSIONS.items() if name != "hang"]
     for reward in (MathReward(), ExactMatch(), RegexMatch("= (.*)", compare=True)):
         samples = [Sample("?", f"{form}{text}{form}", "12") for text in texts for form in ("", "$", "= ")]
         with worker(reward, LONG) as caller:
