@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 from collections.abc import Sequence
@@ -127,3 +128,24 @@ def surroundings(samples: Sequence[Sample]) -> list[Score]:
         "variables": float(len(os.environ)),
     }
     return [Score(0.0, parts) for _ in samples]
+
+
+def length_twice(samples: Sequence[Sample]) -> list[float]:
+    return [float(len(sample.completion)) for sample in samples] * 2
+
+
+def not_a_number(samples: Sequence[Sample]) -> list[float]:
+    return [float("nan") for _ in samples]
+
+
+def rank_of(samples: Sequence[Sample]) -> list[float]:
+    """Score completions by their length among those of their group."""
+    if any("bad" in sample.completion for sample in samples):
+        raise ValueError("bad")
+    lengths = sorted(len(sample.completion) for sample in samples)
+    return [float(lengths.index(len(sample.completion))) for sample in samples]
+
+
+def at_random(samples: Sequence[Sample]) -> list[float]:
+    """Score by the global generator, and by the order of a set."""
+    return [random.random() + len(sample.completion) + hash(sample.completion) % 97 for sample in samples]

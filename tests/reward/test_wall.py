@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dppo_lightning.base.records import Failure
+from dppo_lightning.generate.engine import Request, Sampling
+from dppo_lightning.generate.schedule import Schedule
+from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.reward import (
     CodeReward,
     ExactMatch,
@@ -27,8 +32,11 @@ from dppo_lightning.reward.cell_process import CellProcess
 from dppo_lightning.reward.gym import evaluates
 from dppo_lightning.reward.pool import RewardPool
 from dppo_lightning.reward.rewarding import Rewarding
+from dppo_lightning.train.metrics import heldout_metrics
 from tests.helpers.hostile import SECRET, attacks
+from tests.helpers.models import END
 from tests.helpers.processes import children, wait_until
+from tests.helpers.streams import give_weights, make_stream, numbered_prompts
 from tests.reward.cases import gym_sample
 
 
@@ -242,6 +250,46 @@ def test_a_computation_without_end_costs_its_time_limit_and_nobody_else(
     assert isinstance(outcomes[1], Failure)
     assert outcomes[1].kind in ("timeout", "memory")
     assert [not isinstance(o, Failure) and o[0].value for o in outcomes] == [1, False, 1, 0]
+
+
+SAYINGS = ("value = 0.5", "exit()", "import os; os._exit(0)", "import os; os.system('echo x > {file}'); value = 1.0")
+
+
+def test_a_run_whose_model_attacks_goes_on_and_counts(place: Place, tiny_policy_dir: str) -> None:
+    """Two optimizer steps' rollouts of a model that says each of these, and an evaluation."""
+    texts = [text.format(file=place.folder / "file") for text in SAYINGS]
+
+    def script(request: Request, version: int) -> tuple[Sequence[int], Sequence[float]]:
+        text = texts[int(request.id.rsplit("/")[-1])]
+        return [*(ord(letter) - 32 for letter in text), END], [-1.0] * (len(text) + 1)
+
+    stream = make_stream(
+        ScriptedEngine(script=script),
+        PreTrainedTokenizerFast.from_pretrained(tiny_policy_dir),
+        numbered_prompts(3),
+        reward=OBEDIENT,
+        rewarding=Rewarding(failure_value=-1.0, timeout=LONG),
+        sampling=Sampling(max_new_tokens=200),
+        samples_per_prompt=len(texts),
+        schedule=Schedule(3, 1, 2),
+    )
+    rewards = [0.5, -1.0, -1.0, 1.0]
+    for step in range(2):
+        give_weights(stream, step)
+        rollout = stream.next_rollout(step)
+        assert [np.asarray(group.rewards).tolist() for group in rollout.groups] == [rewards] * 3
+        counts = {name: count for name, count in rollout.counts.items() if name.startswith("reward/")}
+        assert counts == {
+            "reward/failed_timeout": 0,
+            "reward/failed_memory": 0,
+            "reward/failed_died": 3,
+            "reward/failed_raised": 3,
+        }
+    groups = stream.sample(numbered_prompts(2), len(texts), Sampling(max_new_tokens=200), "heldout")
+    assert [np.asarray(group.rewards).tolist() for group in groups] == [rewards] * 2
+    assert heldout_metrics(groups, 1.0)["heldout/not_scored"] == 4
+    stream.close()
+    assert place.untouched()
 
 
 def test_the_tests_own_place_would_notice(place: Place) -> None:
