@@ -111,7 +111,7 @@ class CellProcess:
             end_descendants(process.pid)
             process.kill()
             process.wait()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # the guard does it, where it was given time to
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()
@@ -138,6 +138,8 @@ class CellProcess:
         return [read_outcome(line, count, not together) for line, count in zip(lines, counts, strict=True)]
 
     def _started(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise Closed
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ENVIRONMENT
         process = subprocess.Popen(
             [sys.executable, "-c", BOOT, json.dumps([path or os.getcwd() for path in sys.path])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -21,6 +22,11 @@ from dppo_lightning.reward.cell_process import Closed
 from dppo_lightning.reward.failures import FailureBound
 from dppo_lightning.reward.pool import Caller, RewardPool
 from dppo_lightning.reward.rewarding import Rewarding
+
+log = logging.getLogger(__name__)
+
+SHOWN_FAILURES = 3
+"""Number of completions that could not be scored which the log shows; all are in the run's completions.jsonl."""
 
 BATCH, LARGEST = 64, 256
 """Completions from which on no further group is added to a call, while few wait and while many do."""
@@ -61,6 +67,7 @@ class RewardWorker:
         self._lock = threading.Lock()
         self._busy = 0
         self._waiting = 0  # completions in the queue
+        self._shown = 0  # failures in the log
         self._late_at: dict[int, float] = {}  # of calls in this process: thread -> when it has taken too long
 
     def submit(self, group: Group, overlong_penalty: float = 0.0) -> Future[float]:
@@ -190,12 +197,21 @@ class RewardWorker:
         scores: list[Score] = []
         failures: list[Failure | None] = []
         for unit, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                self._show(unit, outcome)
             failures += [outcome if isinstance(outcome, Failure) else None] * len(unit)
             scores += [Score(self.settings.failure_value)] * len(unit) if isinstance(outcome, Failure) else outcome
         job.group.failures = failures
         write_rewards(job.group, scores, job.overlong_penalty)
         with self._lock:
             self.bound.add(failures)
+
+    def _show(self, unit: Unit, failure: Failure) -> None:
+        """Say in the log what the first completions were that could not be scored."""
+        with self._lock:
+            self._shown += 1
+        if self._shown <= SHOWN_FAILURES:
+            log.warning(f"{self.reward.label} could not score {unit[0].completion[:200]!r} ({failure})")
 
     def _samples(self, group: Group) -> list[Sample]:
         ids = [completion.token_ids.tolist() for completion in group.completions]

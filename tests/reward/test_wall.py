@@ -181,12 +181,11 @@ def attack_gym(tasks: Sequence[str], place: Place) -> None:
                         assert outcome.kind != "timeout", (task, name, outcome)
                         assert name != "evaluate", (task, outcome)
                     else:
-                        assert outcome[0].value < 1, (task, name, outcome)
+                        assert 0 <= outcome[0].value <= 1, (task, name, outcome)
         for task in set(tasks) - set(running):
             mine = [answer(text, task) for text in texts.values()]
-            for name, outcome in zip(texts, caller.score([[sample] for sample in mine], True), strict=True):
-                assert not isinstance(outcome, Failure), (task, name, outcome)
-                assert outcome[0].value < 1, (task, name, outcome)
+            here = [reward([sample]) for sample in mine]  # to these tasks every answer is text
+            assert caller.score([[sample] for sample in mine], True) == here, task
     assert place.untouched()
 
 

@@ -85,7 +85,7 @@ FAIL_AT = PythonReward("tests.helpers.hostile.fail_at", {"words": ["bad"]})
 
 @pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"isolation": "none"}], ids=str)
 def test_a_completion_that_fails_gets_the_configured_value_and_is_kept_for_a_look(
-    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups = groups_of(tokenizer, "a", "bad", "ccc", "dd", "very bad", "e")
     counts = scored(tokenizer, FAIL_AT, groups, failure_value=-2.0, **settings)
@@ -95,6 +95,7 @@ def test_a_completion_that_fails_gets_the_configured_value_and_is_kept_for_a_loo
     assert [record.get("not_scored", "")[:7] for record in records] == ["", "raised:", "", "", "raised:", ""]
     assert "hostile.py" in records[1]["not_scored"]
     assert records[1]["not_scored"].endswith("ValueError: bad")
+    assert "could not score 'very bad' (raised: " in caplog.text
     assert [record["parts"]["letters"] for record in records] == [1, None, 1, 1, None, 1]
 
 
