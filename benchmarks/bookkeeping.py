@@ -22,7 +22,7 @@ from dppo_lightning.generate.schedule import Schedule
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import RolloutStream
 from dppo_lightning.prompts import Shuffled
-from dppo_lightning.reward import RewardFunction
+from dppo_lightning.reward import RewardFunction, Rewarding
 from dppo_lightning.reward.base import Sample
 
 
@@ -63,7 +63,16 @@ def milliseconds(tokenizer: Any, groups: int, samples: int) -> float:
     steps = max(1, 200 // groups)
     schedule = Schedule(groups, 1, steps)
     stream = RolloutStream(
-        engine, sampler, tokenizer, Length(), GroupMean(), Sampling(max_new_tokens=8), samples, 0, schedule
+        engine,
+        sampler,
+        tokenizer,
+        Length(),
+        GroupMean(),
+        Sampling(max_new_tokens=8),
+        samples,
+        0,
+        schedule,
+        rewarding=Rewarding("none"),  # its own cost is that of benchmarks/rewards.py
     )
     seconds = 0.0
     for step in range(steps):

@@ -28,7 +28,7 @@ def last_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_benchmarks_are_those_of_the_docs() -> None:
-    assert set(COMMANDS) >= {"head", "step", "rollout", "sync", "scaling", "bookkeeping"}
+    assert set(COMMANDS) >= {"head", "step", "rollout", "sync", "scaling", "bookkeeping", "rewards"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -86,6 +86,15 @@ def test_bookkeeping_is_measured_by_the_number_of_groups(
     found = last_line("bookkeeping", arguments, monkeypatch, capsys)
     assert list(found["ms_per_completion"]) == ["2", "50"]
     assert min(found["ms_per_completion"].values()) > 0
+
+
+def test_isolated_rewards_are_measured_beside_those_in_process(
+    tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--completions", "32", "--tokens", "4", "--model", tiny_policy_dir, "--workers", "1"]
+    found = last_line("rewards", arguments, monkeypatch, capsys)
+    assert set(found) == {"isolated_over_in_process", "completions_per_s", "start_seconds"}
+    assert min(found.values()) > 0
 
 
 @pytest.mark.slow

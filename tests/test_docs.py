@@ -121,7 +121,7 @@ def test_the_prompts_and_rewards_of_the_docs_can_be_built(monkeypatch: pytest.Mo
     page = (ROOT / "docs" / "prompts-and-rewards.md").read_text()
     (tmp_path / "my_rewards.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     arguments = ["fit", "--config", "configs/quickstart.yaml"]
     for place, block in enumerate(blocks):
         (tmp_path / f"{place}.yaml").write_text(block)

@@ -73,7 +73,7 @@ def test_no_import_goes_round_in_a_circle() -> None:
 def test_files_are_short_and_folders_are_small() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert not {name: lines for name, lines in lengths.items() if lines > 350}
-    assert len(lengths) <= 118
+    assert len(lengths) <= 150  # reward/ has the wall, run/ what owns a run on disk, and each of their files one reason
     shown = {path.relative_to(PACKAGE).parts[0] for path in MODULES.values()}
     assert len(shown) <= 12
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # reward workers import this file, and torch costs each of them seconds and 300 MB
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+FailureKind = Literal["timeout", "memory", "died", "raised"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,20 @@ class Completion:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the completion as plain values and tensors, for a checkpoint."""
-        return {name: as_plain(value) for name, value in vars(self).items()}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Completion:
-        """Make the completion whose ``state_dict`` this is."""
-        return cls(**{name: from_plain(value) for name, value in state.items()})
+class Failure(NamedTuple):
+    """Completion that could not be scored.
+
+    Attributes:
+        kind: Way in which scoring it failed.
+        detail: What happened, in one line.
+    """
+
+    kind: FailureKind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
 @dataclass
@@ -80,6 +88,7 @@ class Group:
         raw_texts: [G] texts with every token; None where ``texts`` lacks only the one that ended it.
         rewards: [G] float64 rewards, or None before the reward verb.
         reward_parts: Named parts that the reward reported, name -> [G] float64.
+        failures: [G] what became of those that could not be scored, None for the others.
         advantages: Advantages, for each completion [T] float64, one for each of its tokens; None before the advantage
             verb.
         reference_logp: Log-probs under the reference model, [T] for each completion that has a token, or None.
@@ -95,6 +104,7 @@ class Group:
     advantages: list[np.ndarray] | None = None
     reference_logp: list[np.ndarray] | None = None
     raw_texts: list[str | None] = field(default_factory=list)
+    failures: list[Failure | None] = field(default_factory=list)
     step: int | None = None
 
     def sequences(self) -> list[Sequence]:
@@ -110,26 +120,6 @@ class Group:
             for row, logp in zip(rows, self.reference_logp, strict=True):
                 row.reference_logp = logp
         return rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the group as plain values and tensors, for a checkpoint; of the prompt only its id."""
-        rest = {name: as_plain(value) for name, value in vars(self).items() if name not in ("prompt", "completions")}
-        return rest | {
-            "prompt": self.prompt.id,
-            "completions": [completion.state_dict() for completion in self.completions],
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], prompts: Mapping[str, Prompt]) -> Group:
-        """Make the group whose ``state_dict`` this is.
-
-        Args:
-            state: The state.
-            prompts: Training prompts by their ids, among them the group's.
-        """
-        rest = {name: from_plain(value) for name, value in state.items() if name not in ("prompt", "completions")}
-        completions = [Completion.from_state(completion) for completion in state["completions"]]
-        return cls(prompts[state["prompt"]], completions, **rest)
 
     def records(self) -> list[dict[str, Any]]:
         """JSON-ready records, one for each completion; a reward part that was not reported for it is None."""
@@ -147,6 +137,8 @@ class Group:
                 parts = {name: float(values[index]) for name, values in self.reward_parts.items()}
                 row["reward"] = float(self.rewards[index])
                 row["parts"] = {name: None if np.isnan(part) else part for name, part in parts.items()}
+            if self.failures and (failure := self.failures[index]) is not None:
+                row["not_scored"] = str(failure)
             if self.advantages is not None:
                 row["advantage"] = _as_number(self.advantages[index])
             versions = [int(completion.versions[0]), int(completion.versions[-1])] if len(completion) else []
@@ -223,28 +215,6 @@ class Sequence:
     def tokens(self) -> int:
         """Number of generated tokens, T."""
         return len(self.generated)
-
-
-def as_plain(value: Any) -> Any:
-    """Turn arrays, also those in lists and dicts, into tensors: a checkpoint is loaded without running code."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, list):
-        return [as_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: as_plain(item) for name, item in value.items()}
-    return value
-
-
-def from_plain(value: Any) -> Any:
-    """Undo ``as_plain``."""
-    if isinstance(value, Tensor):
-        return value.numpy()
-    if isinstance(value, list):
-        return [from_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: from_plain(item) for name, item in value.items()}
-    return value
 
 
 def _with_sampled_column(completion: Completion) -> tuple[np.ndarray | None, np.ndarray | None]:

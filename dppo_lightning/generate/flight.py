@@ -13,6 +13,7 @@ import numpy as np
 
 from dppo_lightning.advantage import without_signal
 from dppo_lightning.base.records import Completion, Group, Prompt
+from dppo_lightning.base.saved import load_completion, load_group, save_completion, save_group
 from dppo_lightning.generate.engine import Failed
 
 
@@ -97,9 +98,9 @@ class GroupFlight:
             "rollout": self.rollout,
             "attempt": self.attempt,
             "settled": self.settled,
-            "completions": {sample: completion.state_dict() for sample, completion in self.completions.items()},
+            "completions": {sample: save_completion(completion) for sample, completion in self.completions.items()},
             "failed": {sample: (failed.request_id, failed.reason) for sample, failed in self.failed.items()},
-            "group": self.group.state_dict() if self.settled and self.group is not None else None,
+            "group": save_group(self.group) if self.settled and self.group is not None else None,
             "ended": self.finished is not None,
         }
 
@@ -107,14 +108,14 @@ class GroupFlight:
     def from_state(cls, state: dict[str, Any], prompts: Mapping[str, Prompt]) -> GroupFlight:
         """Make the group whose ``state_dict`` this is; its times count from now."""
         flight = cls(state["serial"], prompts[state["prompt"]], state["rollout"], state["attempt"])
-        flight.completions = {n: Completion.from_state(saved) for n, saved in state["completions"].items()}
+        flight.completions = {n: load_completion(saved) for n, saved in state["completions"].items()}
         flight.failed = {n: Failed(*saved) for n, saved in state["failed"].items()}
         if state["ended"]:
             flight._end()
         if state["settled"]:
             flight.settled = True
             if state["group"] is not None:
-                flight.group = Group.from_state(state["group"], prompts)
+                flight.group = load_group(state["group"], prompts)
                 flight.rewarded = Future()
                 flight.rewarded.set_result(0.0)  # seconds of the reward, in the session that is over
         return flight

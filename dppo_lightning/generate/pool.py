@@ -238,5 +238,3 @@ class GroupPool:
         self._scoring += 1
         flight.rewarded = self.worker.submit(flight.group, self.overlong_penalty)
         flight.rewarded.add_done_callback(lambda _: self._ended.put(flight))  # on the reward's thread
-        if flight.rewarded.done():
-            flight.rewarded.result()  # what a reward on this thread has raised, before the next is begun

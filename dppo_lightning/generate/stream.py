@@ -30,6 +30,7 @@ from dppo_lightning.generate.pool import PATIENCE, GroupPool, Share
 from dppo_lightning.generate.schedule import Rollout, Schedule, Selection, Streaming, Window
 from dppo_lightning.prompts.sampler import PromptSampler, draw
 from dppo_lightning.reward.base import RewardFunction
+from dppo_lightning.reward.rewarding import Rewarding
 from dppo_lightning.reward.worker import RewardWorker
 
 RewardPenalty = Callable[[list[Group]], list[np.ndarray]]
@@ -53,7 +54,7 @@ class RolloutStream:
         selection: Which completions are trained on.
         penalty: Subtracted from the rewards before the advantage.
         solved_at: A completion counts as solved when its reward is at least this.
-        reward_timeout: Seconds that one call of the reward may take.
+        rewarding: Where and how the reward is called.
         timeline: Where spans are added.
         stop_token_ids: Ids that end a completion; like the tokenizer's own they are no part of its text.
     """
@@ -73,7 +74,7 @@ class RolloutStream:
         selection: Selection = Selection(),  # noqa: B008  # frozen
         penalty: RewardPenalty | None = None,
         solved_at: float = 1.0,
-        reward_timeout: float = 600.0,
+        rewarding: Rewarding = Rewarding(),  # noqa: B008  # frozen
         timeline: Timeline | None = None,
         stop_token_ids: tuple[int, ...] = (),
     ) -> None:
@@ -87,7 +88,7 @@ class RolloutStream:
         self.solved_at = solved_at
         self.timeline = timeline or Timeline()
         self.inbox = Inbox(engine)
-        self.worker = RewardWorker(reward, Decoder(tokenizer, stop_token_ids), reward_timeout, self.timeline)
+        self.worker = RewardWorker(reward, Decoder(tokenizer, stop_token_ids), rewarding, self.timeline)
         overlong = selection.overlong_penalty if selection.overlong == "penalise" else 0.0
         self.pool = GroupPool(self.inbox, self.worker, sampling, samples_per_prompt, seed, overlong, self.timeline)
         self.serial = 0  # groups begun in this run
@@ -198,15 +199,18 @@ class RolloutStream:
         self.pool.remove(chosen + [flight for flight in settled if flight.group is None])
         if self.streaming.late == "wait":
             self.pool.counts["stream/aborted"] = self.pool.remove([*self._share(window.start).flights.values()])
+        not_scored = self.worker.check([f.group for f in chosen + self._rejected if f.group is not None])
         self._record(chosen + self._rejected)
         seconds = {
             "generate": max((f.finished or 0.0 for f in chosen), default=0.0)
             - min((f.submitted for f in chosen), default=0.0),
             "reward": sum(f.rewarded.result() for f in chosen + self._rejected if f.rewarded is not None),
         }
-        counts = {name: float(self.pool.counts[name]) for name in COUNTED} | {
-            "stream/in_flight": float(self.inbox.in_flight)
-        }
+        counts = (
+            {name: float(self.pool.counts[name]) for name in COUNTED}
+            | {"stream/in_flight": float(self.inbox.in_flight)}
+            | not_scored
+        )
         self.pool.counts.clear()
         self._rejected, self._next = [], window.start + window.steps
         self._reserved.discard(window.start)
@@ -294,10 +298,11 @@ class RolloutStream:
                 self.worker.wait([future], PATIENCE)
                 self.pump()
             future.result()
+        self.worker.check(groups)
         return groups
 
     def close(self) -> None:
-        """Let the reward's thread end."""
+        """End the reward's workers."""
         self.worker.close()
 
     def state_dict(self) -> dict[str, Any]:

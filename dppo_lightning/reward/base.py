@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,18 +62,37 @@ class Score:
 class RewardFunction(ABC):
     """Base of every reward; subclasses write ``score``, callers use ``__call__``, which checks what ``score`` returns.
 
-    A reward that reads answers or columns also writes ``check``, so that rows without them are found before a run.
+    A reward is sent to worker processes and called there, with one completion at a time (see ``Rewarding``), so it must
+    be picklable. A reward that reads answers or columns also writes ``check``, so that rows without them are found
+    before a run.
 
     Attributes:
-        main_thread: Whether the reward must be called on the main thread (a time limit that is kept by signals, say).
-            Generation goes on during the call, but training does not; other rewards run at the same time as both.
+        whole_groups: Whether ``score`` must see all completions of a prompt in one call; they then succeed or fail
+            together.
     """
 
-    main_thread: bool = False
+    whole_groups: bool = False
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample]) -> Sequence[float | Score]:
-        """Return one finite number (or Score) for each sample, in order."""
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | Score] | Awaitable[Sequence[float | Score]]:
+        """Return one finite number (or Score) for each sample, in order; it may be ``async def``."""
+
+    def runs(self, prompt: Prompt) -> bool:
+        """Tell whether scoring an answer to ``prompt`` may execute it, as code or as an expression; here not.
+
+        Each completion is then scored in a process of its own, so that none can change how the next is scored.
+        """
+        return False
+
+    @property
+    def label(self) -> str:
+        """Name in messages."""
+        return type(self).__name__
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether ``score`` is awaited: many completions are then scored at a time."""
+        return inspect.iscoroutinefunction(self.score)
 
     def check(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         """Find prompts that could not be scored; called before the engine starts, for training and held-out prompts.
@@ -90,14 +111,28 @@ class RewardFunction(ABC):
         Raises:
             RewardError: Wrong count, not a number, NaN or infinite; the message names the reward and the offender.
         """
-        name = type(self).__name__
-        raw = list(self.score(samples))
+        if self.asynchronous:
+            return asyncio.run(self.awaited(samples))
+        return self._all_checked(self.score(samples), samples)
+
+    async def awaited(self, samples: Sequence[Sample]) -> list[Score]:
+        """Score completions, and check the scores as ``__call__`` does; for a reward that may be asynchronous."""
+        scores = self.score(samples)
+        return self._all_checked(await scores if inspect.isawaitable(scores) else scores, samples)
+
+    def _all_checked(self, scores: object, samples: Sequence[Sample]) -> list[Score]:
+        name = self.label
+        if not isinstance(scores, Iterable):
+            raise RewardError(
+                f"{name} returned a {type(scores).__name__}: return a sequence with one float or Score for each sample"
+            )
+        raw = list(scores)
         if len(raw) != len(samples):
             raise RewardError(f"{name} returned {len(raw)} rewards for {len(samples)} completions: return one for each")
         return [self._checked(value, index) for index, value in enumerate(raw)]
 
     def _checked(self, value: float | Score, index: int) -> Score:
-        name = type(self).__name__
+        name = self.label
         try:
             score = value if isinstance(value, Score) else Score(float(value))
             numbers = {"reward": float(score.value), **{key: float(part) for key, part in score.parts.items()}}

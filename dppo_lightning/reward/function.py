@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 from dppo_lightning.base.errors import ConfigError, RewardError, one_line
 from dppo_lightning.base.records import Prompt
-from dppo_lightning.reward.base import RewardFunction, Sample, Score
+from dppo_lightning.reward.base import RewardFunction, Sample
 
 
 class PythonReward(RewardFunction):
     """Reward that calls ``function(samples, **arguments)``, which returns a float or a Score for each Sample, in order.
+
+    The function is given one sample at a time, and may be ``async def``.
 
     Where the function has an attribute ``check`` (as an object with ``__call__`` may), that is called before the run as
     ``check(prompts, **arguments)``; see ``RewardFunction.check``.
@@ -22,10 +24,13 @@ class PythonReward(RewardFunction):
     Args:
         function: Import path of the function, "package.module.function" or "package.module:function".
         arguments: Further keyword arguments of the function.
+        whole_groups: Give the function all completions of a prompt in one call.
+        runs_completions: Score each completion in a process of its own: for a function that executes what a model
+            writes, or parses it with a parser that may.
 
     Raises:
         ConfigError: The path cannot be imported, is not callable, or does not take the arguments.
-        RewardError: When scoring: the function raised, or did not return one finite number for each sample.
+        RewardError: When scoring: the function did not return one finite number for each sample.
 
     Example:
         In ``my_rewards.py`` in the folder that ``dppo`` runs in, named as ``function: my_rewards.brevity``::
@@ -34,23 +39,34 @@ class PythonReward(RewardFunction):
                 return [float(len(sample.completion) <= limit) for sample in samples]
     """
 
-    def __init__(self, function: str, arguments: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        function: str,
+        arguments: dict[str, Any] | None = None,
+        whole_groups: bool = False,
+        runs_completions: bool = False,
+    ) -> None:
         self.path = function
         self.arguments = dict(arguments or {})
+        self.whole_groups = whole_groups
+        self.runs_completions = runs_completions
         self.function = import_function(function)
         _check_arguments(self.function, function, self.arguments)
 
-    def score(self, samples: Sequence[Sample]) -> list[float | Score]:
-        try:
-            scores = self.function(samples, **self.arguments)
-            if isinstance(scores, Iterable):
-                return list(scores)
-        except Exception as error:
-            raise RewardError(f"reward function {self.path} raised {one_line(error, typed=True)}") from error
-        raise RewardError(
-            f"reward function {self.path} returned a {type(scores).__name__}: return a sequence with one float "
-            "or Score for each sample"
-        )
+    @property
+    def label(self) -> str:
+        return f"reward function {self.path}"
+
+    @property
+    def asynchronous(self) -> bool:
+        called = type(self.function).__call__  # of an object that is called like a function
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
+
+    def runs(self, prompt: Prompt) -> bool:
+        return self.runs_completions
+
+    def score(self, samples: Sequence[Sample]) -> Any:
+        return self.function(samples, **self.arguments)
 
     def check(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         check = getattr(self.function, "check", None)

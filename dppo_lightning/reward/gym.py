@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import sys
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import Any, Literal, get_args
 
 from dppo_lightning.base.errors import ConfigError, RewardError, one_line, require
@@ -24,7 +28,8 @@ class ReasoningGymReward(RewardFunction):
     number in it, or a word) separate what a model knows from whether it keeps to the format. Prompts that have no
     reference answer, as those of some puzzles, have no parts.
 
-    Some of the library's scorers evaluate the answer as an expression; they set no time limit.
+    Some of the library's scorers evaluate the answer as an expression; an answer to such a task is scored in a process
+    of its own.
 
     Args:
         extract: Regular expression; group 1 of its last match in the completion is the answer. A completion without a
@@ -49,6 +54,10 @@ class ReasoningGymReward(RewardFunction):
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         return [self._score(sample) for sample in samples]
+
+    def runs(self, prompt: Prompt) -> bool:
+        task = prompt.columns.get("task")
+        return isinstance(task, str) and self._scorer(task) is not None and evaluates(task)
 
     def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
         found = {place: self._problem(prompt) for place, prompt in enumerate(prompts)}
@@ -131,6 +140,8 @@ def _task_and_entry(sample: Sample) -> tuple[str, Mapping[str, Any]]:
 def _scored(scorer: Scorer, answer: str, task: str, entry: Mapping[str, Any]) -> float:
     try:
         value = float(scorer(answer, entry))
+    except MemoryError:
+        raise
     except Exception:
         # The scorers parse the model's text with int, json, sympy and more, and many let their errors through: an
         # answer that cannot be parsed is a wrong answer, and must not end a run. Only a broken entry is an error.
@@ -147,6 +158,17 @@ def _check_entry(scorer: Scorer, task: str, entry: Mapping[str, Any]) -> None:
             f"task {task!r} cannot score even its own answer ({one_line(error, typed=True)}): its column 'entry' was "
             "changed, take the prompts from ReasoningGymPrompts"
         ) from error
+
+
+@cache
+def evaluates(task: str) -> bool:
+    """Tell whether the scorer of a task may evaluate an answer: whether its source names what does."""
+    scorer = require("reasoning_gym").get_score_answer_fn(task)
+    modules = [sys.modules[kind.__module__] for kind in type(scorer.__self__).__mro__ if kind not in (object, ABC)]
+    return any(_EVALUATING.search(inspect.getsource(module)) for module in modules if hasattr(module, "__file__"))
+
+
+_EVALUATING = re.compile(r"\b(eval|exec|compile)\(|\b(sympy|pickle|yaml|subprocess|importlib)\b")
 
 
 # Latin letters only: a number inside "x12" or "12th" is not one, a number between Chinese characters is.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.records import Prompt
@@ -40,11 +41,25 @@ class WeightedSum(RewardFunction):
         self.rewards = list(rewards)
         self.weights = [float(weight) for weight in weights]
         self.names = names
-        self.main_thread = any(reward.main_thread for reward in rewards)
+        self.whole_groups = any(reward.whole_groups for reward in rewards)
 
-    def score(self, samples: Sequence[Sample]) -> list[Score]:
-        members = [reward(samples) for reward in self.rewards]
-        return [self._sum([scores[index] for scores in members]) for index in range(len(samples))]
+    @property
+    def asynchronous(self) -> bool:
+        return any(reward.asynchronous for reward in self.rewards)
+
+    def runs(self, prompt: Prompt) -> bool:
+        return any(reward.runs(prompt) for reward in self.rewards)
+
+    def score(self, samples: Sequence[Sample]) -> list[Score] | Awaitable[list[Score]]:
+        if self.asynchronous:
+            return self._gathered(samples)
+        return self._sums([reward(samples) for reward in self.rewards])
+
+    async def _gathered(self, samples: Sequence[Sample]) -> list[Score]:
+        return self._sums(await asyncio.gather(*(reward.awaited(samples) for reward in self.rewards)))
+
+    def _sums(self, members: Sequence[Sequence[Score]]) -> list[Score]:
+        return [self._sum(scores) for scores in zip(*members, strict=True)]
 
     def check(self, prompts: Sequence[Prompt]) -> dict[int, str]:
         problems: dict[int, list[str]] = {}

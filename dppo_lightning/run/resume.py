@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "data.evaluate_every_n_steps",
     "data.heldout_samples",
     "data.parity_tolerance",
-    "data.reward_timeout",
+    "data.rewarding.*",
     "profile",
 )
 """Settings that a run may change when it goes on."""

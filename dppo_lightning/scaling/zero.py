@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,18 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dppo_lightning.base.errors import ConfigError
+from dppo_lightning.scaling.extensions import EXTENSIONS, stale_locks
 from dppo_lightning.scaling.resume import is_universal, ranks_of
 from dppo_lightning.scaling.sharding import ShardingStrategy, local_part
 
 log = logging.getLogger(__name__)
 
 Offload = Literal["none", "cpu", "nvme"]
-
-EXTENSIONS = Path("~/.cache/dppo-lightning/torch_extensions")
-"""Folder of DeepSpeed's compiled operations, unless TORCH_EXTENSIONS_DIR names another."""
-
-STALE_SECONDS = 3600.0
-"""Age of a lock, in seconds, from which its build is taken for dead: a build takes minutes."""
 
 
 class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
@@ -278,25 +273,6 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-
-def stale_locks(folders: Iterable[Path], now: float) -> list[str]:
-    """Find the locks of killed builds of DeepSpeed operations; a run that needs such a one waits for ever, silently.
-
-    Args:
-        folders: Folders that may hold a folder for each extension that torch has built.
-        now: Present time, in seconds since the epoch.
-    """
-    locks = {lock for folder in folders for depth in ("*", "*/*") for lock in folder.glob(f"{depth}/lock")}
-    return sorted(str(lock) for lock in locks if now - _written(lock, now) > STALE_SECONDS)
-
-
-def _written(path: Path, now: float) -> float:
-    """Time of a file's last change, in seconds since the epoch; ``now`` where a build has just removed it."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return now
 
 
 def gathered_parameters(parameters: list[Any]) -> AbstractContextManager[Any]:

@@ -12,7 +12,8 @@ import numpy as np
 from dppo_lightning.base.batch import TrainingBatch, pack
 from dppo_lightning.base.errors import ConfigError
 from dppo_lightning.base.packing import Layout, split_by_tokens
-from dppo_lightning.base.records import Group, Prompt, Sequence, as_plain, from_plain
+from dppo_lightning.base.records import Group, Prompt, Sequence
+from dppo_lightning.base.saved import as_plain, from_plain, load_group, save_group
 from dppo_lightning.generate.schedule import Window
 from dppo_lightning.train.metrics import group_metrics
 
@@ -176,7 +177,7 @@ class OpenRollout:
             "start": self.window.start,
             "steps": self.window.steps,
             "prompts": self.window.prompts,
-            "groups": [group.state_dict() for group in self.groups],
+            "groups": [save_group(group) for group in self.groups],
             "noted": [[_noted(row) for row in rows] for rows in self.sequences],
         }
 
@@ -194,7 +195,7 @@ class OpenRollout:
             prompts: Training prompts by their ids.
             trained: Gives the sequences of a group that are trained on.
         """
-        groups = [Group.from_state(saved, prompts) for saved in state["groups"]]
+        groups = [load_group(saved, prompts) for saved in state["groups"]]
         sequences = [trained(group) for group in groups]
         for rows, noted in zip(sequences, state["noted"], strict=True):
             for row, values in zip(rows, noted, strict=True):

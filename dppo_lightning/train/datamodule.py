@@ -24,6 +24,7 @@ from dppo_lightning.prompts.encoding import load_prompts
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from dppo_lightning.reward import RewardFunction
 from dppo_lightning.reward.base import UnreadableAnswers, scorable
+from dppo_lightning.reward.rewarding import Rewarding
 from dppo_lightning.scaling.ranks import Controller, Ranks, fingerprint
 from dppo_lightning.train.assembly import Learner, RolloutLoader, StepPlan, check_micro_batches
 from dppo_lightning.train.hooks import HeldOutLoader
@@ -61,7 +62,7 @@ class RolloutDataModule(pl.LightningDataModule):
             the last.
         heldout_samples: Completions of each held-out prompt, the k of avg@k and pass@k.
         solved_at: A completion counts as solved when its reward is at least this.
-        reward_timeout: Seconds that one call of the reward may take before the run is stopped, > 0.
+        rewarding: Where and how the reward is called.
         unreadable_answers: Prompts that the reward cannot score, for want of an answer say: "refuse" any before the
             engine starts, or "drop" and count them.
         seed: Of prompt order and of every request.
@@ -92,7 +93,7 @@ class RolloutDataModule(pl.LightningDataModule):
         evaluate_every_n_steps: int = 50,
         heldout_samples: int = 1,
         solved_at: float = 1.0,
-        reward_timeout: float = 600.0,
+        rewarding: Rewarding = Rewarding(),  # noqa: B008  # frozen
         unreadable_answers: UnreadableAnswers = "refuse",
         seed: int = 0,
     ) -> None:
@@ -106,8 +107,6 @@ class RolloutDataModule(pl.LightningDataModule):
         ):
             if value < 1:
                 raise ConfigError(f"data.{name} must be >= 1, got {value}")
-        if not reward_timeout > 0:
-            raise ConfigError(f"data.reward_timeout must be > 0, got {reward_timeout}")
         streaming.check(steps_per_rollout)
         selection.check(samples_per_prompt)
         self.sampling = Sampling(temperature, top_p, top_k, max_new_tokens)
@@ -127,7 +126,7 @@ class RolloutDataModule(pl.LightningDataModule):
         self.evaluate_every_n_steps = evaluate_every_n_steps
         self.heldout_samples = heldout_samples
         self.solved_at = solved_at
-        self.reward_timeout = reward_timeout
+        self.rewarding = rewarding
         self.unreadable_answers: UnreadableAnswers = unreadable_answers
         self.seed = seed
         self.timeline = Timeline()
@@ -167,7 +166,7 @@ class RolloutDataModule(pl.LightningDataModule):
         """Plain values that every rank must have alike."""
         trainer = self.trainer
         assert trainer is not None
-        plain = (str, int, float, bool, type(None), tuple, Streaming, Selection, Sampling)
+        plain = (str, int, float, bool, type(None), tuple, Streaming, Selection, Sampling, Rewarding)
         return {
             "trainer.max_steps": trainer.max_steps,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -237,7 +236,7 @@ class RolloutDataModule(pl.LightningDataModule):
             selection=self.selection,
             penalty=self.learner.penalty,
             solved_at=self.solved_at,
-            reward_timeout=self.reward_timeout,
+            rewarding=self.rewarding,
             timeline=self.timeline,
             stop_token_ids=self.spec.stop_token_ids,
         )

@@ -61,6 +61,11 @@ GLOSSARY: dict[str, str] = {
     "stream/resampled": "groups generated in the place of such groups",
     "stream/aborted": "completions aborted because the rollout was complete without them (oversampling)",
     "stream/stale": "groups generated anew because they had become too old (late: drop)",
+    "reward/failed_timeout": "completions of the rollout that the step begins which took longer than "
+    "data.rewarding.timeout to score",
+    "reward/failed_memory": "those that asked for more memory than data.rewarding.memory_mib",
+    "reward/failed_died": "those that ended the process that scored them",
+    "reward/failed_raised": "those that made the reward raise an error",
     "time/wait": "seconds that training stood still for the rollout that the step begins",
     "time/generate": "seconds from the rollout's first request to its last completion; training may go on meanwhile",
     "time/reward": "seconds of reward functions, of the rollout that the step begins; generation goes on meanwhile",
@@ -76,6 +81,7 @@ GLOSSARY: dict[str, str] = {
     "heldout/avg_at_k": "share of held-out completions that are solved (reward >= solved_at)",
     "heldout/pass_at_k": "share of held-out prompts with at least one solved completion among k",
     "heldout/length": "mean length of held-out completions, in tokens",
+    "heldout/not_scored": "held-out completions that could not be scored, for the reasons of reward/failed_*",
 }
 """Beside these: ``train/part/<name>`` and ``heldout/part/<name>``, the named parts of the reward;
 ``staleness/tokens/<age>`` and ``staleness/masked_share/<age>``, the number of the step's tokens of an age in optimizer
@@ -221,7 +227,8 @@ def heldout_metrics(groups: list[Group], solved_at: float) -> dict[str, float]:
 
     Returns:
         ``heldout/reward``; ``heldout/avg_at_k``: mean share solved; ``heldout/pass_at_k``: share of prompts with at
-        least one solved; ``heldout/length``: in tokens; ``heldout/part/<name>``: means of the reward's parts.
+        least one solved; ``heldout/length``: in tokens; ``heldout/not_scored``: number of failures;
+            ``heldout/part/<name>``: means of the reward's parts.
     """
     solved = [np.asarray(group.rewards) >= solved_at for group in groups]
     return {
@@ -229,6 +236,7 @@ def heldout_metrics(groups: list[Group], solved_at: float) -> dict[str, float]:
         "heldout/avg_at_k": float(np.mean([mine.mean() for mine in solved])),
         "heldout/pass_at_k": float(np.mean([mine.any() for mine in solved])),
         "heldout/length": float(np.mean([len(c) for group in groups for c in group.completions])),
+        "heldout/not_scored": float(sum(f is not None for group in groups for f in group.failures)),
         **_reward_parts(groups, "heldout"),
     }
 

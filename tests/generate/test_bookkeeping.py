@@ -16,7 +16,7 @@ from dppo_lightning.generate.schedule import Schedule, Selection, Streaming, Win
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import RolloutStream
 from dppo_lightning.reward.base import Sample
-from tests.helpers.rewards import Scored
+from tests.helpers.rewards import Scored, score_at_once
 from tests.helpers.streams import give_weights, make_stream
 
 SAMPLES = 2
@@ -62,17 +62,18 @@ class Counted(Schedule):
 def begin(
     tokenizer: PreTrainedTokenizerBase, schedule: Schedule, streaming: Streaming, selection: Selection
 ) -> RolloutStream:
-    return make_stream(
+    stream = make_stream(
         OneByOne(),
         tokenizer,
         [Prompt(f"train/{i}", (1 + i % 90,), "?") for i in range(100)],
-        reward=Scored(parity, main_thread=True),  # at once, so that no thread decides how often the stream looks
+        reward=Scored(parity),
         sampling=Sampling(max_new_tokens=4),
         samples_per_prompt=SAMPLES,
         schedule=schedule,
         streaming=streaming,
         selection=selection,
     )
+    return score_at_once(stream)  # so that no thread decides how often the stream looks
 
 
 @pytest.mark.parametrize("streaming", [Streaming(), Streaming(1), Streaming(1, "drop")], ids=["0", "1", "1, drop"])

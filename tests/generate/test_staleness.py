@@ -22,9 +22,10 @@ from dppo_lightning.generate.schedule import Schedule, Selection, Streaming
 from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import Rollout, RolloutStream
 from dppo_lightning.reward.base import RewardFunction, Sample
+from dppo_lightning.reward.rewarding import Rewarding
 from dppo_lightning.train.datamodule import RolloutDataModule
 from tests.helpers.models import END
-from tests.helpers.rewards import Failing, Scored, Waiting
+from tests.helpers.rewards import Failing, Scored, Waiting, score_at_once
 from tests.helpers.streams import give_weights, make_stream, numbered_prompts, shuffled
 
 PROMPTS = numbered_prompts(5)
@@ -36,8 +37,7 @@ def distinct_characters(sample: Sample) -> float:
 
 
 def by(of: Callable[[Sample], float] = distinct_characters) -> Scored:
-    """Score on the main thread, so that a schedule decides everything."""
-    return Scored(of, main_thread=True)
+    return Scored(of)
 
 
 @dataclass
@@ -101,6 +101,8 @@ def begin(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Training]:
             streaming=streaming,
             selection=selection,
         )
+        if isinstance(stream.worker.reward, Scored):
+            score_at_once(stream)  # so that a schedule decides everything
         return Training(stream, engine, steps, train_seconds)
 
     return make
@@ -334,14 +336,14 @@ def test_a_reward_that_takes_long_does_not_stop_generation(begin: Any) -> None:
 def test_a_reward_that_never_returns_stops_the_run(begin: Any) -> None:
     for_ever = threading.Event()
     training = begin(reward=Waiting(for_ever))
-    training.stream.worker.timeout = 0.1
-    with pytest.raises(RewardError, match=r"Waiting has not returned for 0\.1 s"):
+    training.stream.worker.settings = Rewarding(isolation="none", timeout=0.05)
+    with pytest.raises(RewardError, match=r"Waiting has taken longer than data\.rewarding\.timeout=0\.05 s"):
         training.run()
     for_ever.set()
 
 
 def test_what_a_reward_raises_on_its_thread_reaches_the_caller(begin: Any) -> None:
-    with pytest.raises(ZeroDivisionError, match="no"):
+    with pytest.raises(RewardError, match=r"6 of 6 completions.*rewards\.py:\d+: ZeroDivisionError: no"):
         begin(reward=Failing(ZeroDivisionError("no"))).run()
 
 
@@ -383,7 +385,6 @@ def test_settings_out_of_range_are_refused(settings: Callable[[], object], reaso
             "max_staleness=2 with data.steps_per_rollout=4 never lets generation run ahead: set it to 0, or to 4",
         ),
         ({"selection": Selection(1.0), "samples_per_prompt": 1}, "resampling needs data.samples_per_prompt >= 2"),
-        ({"reward_timeout": 0}, "reward_timeout must be > 0"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(data: dict[str, Any], reason: str) -> None:

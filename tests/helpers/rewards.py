@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
+from dppo_lightning.base.records import Group
+from dppo_lightning.generate.stream import RolloutStream
 from dppo_lightning.reward.base import RewardFunction, Sample, Score
+from dppo_lightning.reward.rewarding import Rewarding
+from dppo_lightning.reward.worker import _Job
 from tests.helpers.processes import PATIENCE
+
+IN_PROCESS = Rewarding(isolation="none")
+"""For tests of something else, and for rewards that keep what they are shown."""
+
+
+def score_at_once(stream: RolloutStream) -> RolloutStream:
+    """Have a stream's groups scored when they are submitted, so that no thread decides when a score is there."""
+    worker = stream.worker
+    caller = worker.pool.caller()
+
+    def submit(group: Group, overlong_penalty: float = 0.0) -> Future[float]:
+        done: Future[float] = Future()
+        worker._score(caller, [_Job(group, overlong_penalty, done)])
+        return done
+
+    worker.submit = submit  # type: ignore[method-assign]
+    return stream
 
 
 class ShareOf(RewardFunction):
@@ -53,12 +75,10 @@ class Scored(RewardFunction):
 
     Args:
         of: Score of a completion.
-        main_thread: Score on the main thread, so that no other thread decides when a score is there.
     """
 
-    def __init__(self, of: Callable[[Sample], float | Score], main_thread: bool = False) -> None:
+    def __init__(self, of: Callable[[Sample], float | Score]) -> None:
         self.of = of
-        self.main_thread = main_thread
         self.seen: list[Sample] = []
 
     def score(self, samples: Sequence[Sample]) -> list[float | Score]:

@@ -18,7 +18,7 @@ from dppo_lightning.sync.weight_sync import WeightSync
 from dppo_lightning.train.datamodule import RolloutDataModule
 from dppo_lightning.train.hooks import RunCallback
 from dppo_lightning.train.module import DPPOModule
-from tests.helpers.rewards import ShareOf
+from tests.helpers.rewards import IN_PROCESS, ShareOf
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -114,6 +114,7 @@ def build(policy: str, module: Mapping[str, Any] = {}, data: Mapping[str, Any] =
         "prompts_per_step": 3,
         "samples_per_prompt": 4,
         "max_new_tokens": 6,
+        "rewarding": IN_PROCESS,
     }
     return DPPOModule(policy, **{"optimizer": sgd(0.1), **module}), RolloutDataModule(**defaults | dict(data))
 

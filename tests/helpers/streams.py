@@ -14,6 +14,7 @@ from dppo_lightning.generate.scripted import ScriptedEngine
 from dppo_lightning.generate.stream import RolloutStream
 from dppo_lightning.prompts.sampler import PromptSampler, Shuffled
 from tests.helpers.models import END
+from tests.helpers.rewards import IN_PROCESS
 
 
 def numbered_prompts(count: int) -> list[Prompt]:
@@ -47,6 +48,7 @@ def make_stream(
         "advantage": GroupMean(),
         "sampling": Sampling(max_new_tokens=6),
         "seed": 0,
+        "rewarding": IN_PROCESS,
     }
     return RolloutStream(**(defaults | arguments))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import reasoning_gym
 
 from dppo_lightning.reward import (
+    CodeReward,
     ExactMatch,
     MathReward,
     PythonReward,
@@ -60,6 +61,11 @@ GYM = [
     for completion in COMPLETIONS
 ]
 
+CODE = [
+    Sample("a + b", completion, None, {"tests": [{"input": "3\n4\n", "output": "7"}]})
+    for completion in ("print(int(input()) + int(input()))", "print(8)", "é \\", "")
+]
+
 CASES = [
     Case("exact", ExactMatch(), TEXT),
     Case("exact-case", ExactMatch(strip=False, ignore_case=True), TEXT),
@@ -71,5 +77,6 @@ CASES = [
     Case("gym-extract", ReasoningGymReward(extract="<answer>(.*?)</answer>", score="solved"), GYM),
     Case("gym-strict", ReasoningGymReward(score="strict"), GYM),
     Case("gym-lenient", ReasoningGymReward(score="lenient"), GYM),
+    Case("code", CodeReward(test_timeout=60), CODE),
     Case("sum", WeightedSum([ExactMatch(), ReasoningGymReward()], [1.0, -0.5]), GYM),
 ]

@@ -84,19 +84,6 @@ def test_a_function_that_cannot_be_used_is_refused_in_one_line(path: str, argume
 
 
 @pytest.mark.parametrize(
-    ("name", "cause", "message"),
-    [
-        ("failing", ZeroDivisionError, "users_rewards.failing raised ZeroDivisionError: division by zero"),
-        ("failing_late", AttributeError, "users_rewards.failing_late raised AttributeError"),
-    ],
-)
-def test_an_exception_of_the_function_is_named(name: str, cause: type[Exception], message: str):
-    with pytest.raises(RewardError, match=message) as error:
-        PythonReward(f"users_rewards.{name}")(SAMPLES)
-    assert isinstance(error.value.__cause__, cause)
-
-
-@pytest.mark.parametrize(
     ("name", "message"),
     [("nothing", "users_rewards.nothing returned a NoneType"), ("short", "1 rewards for 2 completions")],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dppo_lightning.base.errors import ConfigError, DataError
+from dppo_lightning.base.errors import ConfigError, DataError, RewardError
 from dppo_lightning.reward.base import Sample, Score
 from dppo_lightning.run.commands import GeneratingTrainer
 from tests.helpers.rewards import Failing, ShareOf, share
@@ -88,14 +88,16 @@ def test_nothing_to_complete_is_an_error(tiny_policy_dir: str, tmp_path: Path) -
 
 
 class Odd(ShareOf):
-    """Reports a part for the first completion alone."""
+    """Reports a part for the first completion of a group alone."""
+
+    whole_groups = True
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:  # type: ignore[override]
         return [Score(1.0, {"first": 1.0} if place == 0 else {}) for place, _ in enumerate(samples)]
 
 
 def test_a_reward_that_fails_leaves_no_file(tiny_policy_dir: str, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
         generate(tiny_policy_dir, tmp_path / "out.jsonl", {"reward": Failing(ZeroDivisionError())})
     assert not list(tmp_path.iterdir())
 

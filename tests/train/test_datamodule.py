@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dppo_lightning.base.errors import ConfigError, DataError, EngineError, SyncError
+from dppo_lightning.base.errors import ConfigError, DataError, EngineError, RewardError, SyncError
 from dppo_lightning.base.records import Completion
 from dppo_lightning.generate.engine import Failed, Request, RolloutEngine, UpdateStats
 from dppo_lightning.generate.schedule import Selection
@@ -245,7 +245,7 @@ def test_a_run_ends_when_nothing_can_be_generated_and_the_engine_is_closed(tiny_
 
 def test_an_error_in_a_reward_closes_the_engine(tiny_policy_dir: str) -> None:
     engine = TransformersEngine()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
         fit(tiny_policy_dir, data={"engine": engine, "reward": Failing(ZeroDivisionError())})
     assert not engine.health().alive
 

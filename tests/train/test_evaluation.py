@@ -22,6 +22,7 @@ def test_three_prompts_by_hand() -> None:
         "heldout/avg_at_k": pytest.approx((0.5 + 0 + 1) / 3),
         "heldout/pass_at_k": pytest.approx(2 / 3),
         "heldout/length": pytest.approx((20 + 4 + 12) / 12),
+        "heldout/not_scored": 0,
     }
 
 

@@ -23,7 +23,7 @@ from dppo_lightning.run.doctor.memory import GIB
 from dppo_lightning.run.doctor.recipe import starts_vllm
 from dppo_lightning.run.slurm.check import check_shape, started_by_srun, under_slurm
 from dppo_lightning.run.slurm.job import device_count
-from dppo_lightning.scaling.zero import EXTENSIONS, stale_locks
+from dppo_lightning.scaling.extensions import EXTENSIONS, stale_locks
 
 Status = Literal["ok", "warn", "fail"]
 NEEDED = ("lightning", "torch", "transformers")
