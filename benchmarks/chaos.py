@@ -28,6 +28,8 @@ from _common import arguments, machine, print_result, print_table
 
 ROOT = Path(__file__).parents[1]
 LOGS = ("completions.jsonl", "heldout.jsonl", "mask_audit.jsonl")
+TIMES = ("time/", "perf/", "stream/ready", "stream/in_flight")
+"""Beginnings of the names of metrics that say when something was done, not what."""
 TARGETS = ("trainer", "engine", "reward")
 
 
@@ -101,7 +103,7 @@ def made(run: Path) -> dict[str, Any]:
     lines: dict[str, Any] = {name: (run / name).read_text().splitlines() for name in LOGS}
     with (run / "metrics.csv").open(newline="") as file:
         rows = [
-            {name: value for name, value in row.items() if value and not name.startswith(("time/", "perf/"))}
+            {name: value for name, value in row.items() if value and not name.startswith(TIMES)}
             for row in csv.DictReader(file)
         ]
     lines["metrics.csv"] = [json.dumps(row) for row in rows]

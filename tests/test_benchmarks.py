@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dppo_lightning.base.errors import DataError
 from tests.helpers.benchmarks import BENCHMARKS, load, shown_help
+from tests.helpers.places import ROOT
 
 COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py"))
 
@@ -25,6 +27,31 @@ def last_line(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, 
     finally:
         torch.set_num_threads(threads)
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_spoilt_rows_and_recipes_give_a_result_or_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    module = load("fuzz", monkeypatch)
+    monkeypatch.setattr(
+        sys, "argv", ["fuzz.py", "--rows", "400", "--configs", "12", "--recipe", str(ROOT / "configs/quickstart.yaml")]
+    )
+    module.main()
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert found["tracebacks"] == 0
+    assert 0.3 < found["errors"] / (found["rows"] + found["configs"]) < 0.9  # it spoils, and not all
+
+
+def test_what_is_no_one_line_error_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    module = load("fuzz", monkeypatch)
+    ends = iter([None, DataError("one line"), DataError("two\nlines"), KeyError("x"), module.Hang("slow")])
+
+    def case(draw: object) -> None:
+        if (error := next(ends)) is not None:
+            raise error
+
+    assert module.count(5, case, "row", 60.0) == {"results": 1, "errors": 2, "tracebacks": 3}
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_the_benchmarks_are_those_of_the_docs() -> None:

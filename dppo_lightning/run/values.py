@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import Namespace
@@ -41,7 +42,8 @@ def refuse_empty(name: str, kind: Any, value: Any) -> None:
 
 def takes_none(kind: Any) -> bool:
     """Tell whether None is a value of a type."""
-    return kind in (Any, None, type(None)) or any(map(takes_none, get_args(kind)))
+    either = get_origin(kind) in (Union, UnionType) and any(map(takes_none, get_args(kind)))
+    return either or kind in (Any, None, type(None))
 
 
 def _arguments(kind: Any, class_path: str | None) -> Mapping[str, Any]:

@@ -20,6 +20,8 @@ from tests.helpers.rank_pool import IMPORTED_ONCE
 from tests.helpers.short_runs import shortened
 
 LOGS = ("completions.jsonl", "heldout.jsonl", "mask_audit.jsonl")
+TIMES = ("time/", "perf/", "stream/ready", "stream/in_flight")
+"""Beginnings of the names of metrics that say when something was done, not what."""
 
 
 class KillAt(RunCallback):
@@ -101,10 +103,10 @@ def what_it_made(run: Path) -> dict[str, Any]:
 
 
 def metric_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a run's metrics, without times, speeds, and what has no value."""
+    """Rows of a run's metrics, without what says when something was done, and what has no value."""
     with path.open(newline="") as file:
         return [
-            {name: value for name, value in row.items() if value and not name.startswith(("time/", "perf/"))}
+            {name: value for name, value in row.items() if value and not name.startswith(TIMES)}
             for row in csv.DictReader(file)
         ]
 
