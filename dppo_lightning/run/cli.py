@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from dppo_lightning.base.errors import ConfigError, DPPOError, Requeued
 from dppo_lightning.base.secrets import hide, hide_words, remember
 from dppo_lightning.generate import RolloutEngine, TransformersEngine, VLLMEmbedded, VLLMRemote
+from dppo_lightning.generate.schedule import check_repeatable
 from dppo_lightning.run.callbacks.curves import Curves
 from dppo_lightning.run.callbacks.health import Health
 from dppo_lightning.run.callbacks.heldout import HeldOutEvaluation
@@ -120,6 +121,9 @@ class DPPOCommandLine(LightningCLI):
         parser.add_argument(
             "--profile", type=int, default=0, help="Optimizer steps to trace, after two others; 0: none."
         )
+        parser.add_argument(
+            "--deterministic", type=bool, default=False, help="Have two runs on one machine agree to the bit."
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.filename": "{step}", "checkpoint.save_last": "link"})
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -128,10 +132,18 @@ class DPPOCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the job and the run directory before anything slow begins."""
         remember(self.config)
+        if self._get(self.config, "deterministic"):
+            self._get(self.config, "trainer")["deterministic"] = True
         if self.subcommand != "generate":
             self.slurm.check(self._get(self.config, "trainer"))
         if self.subcommand == "fit" and self._resumed_from() is None:
             check_unused(Path(self._get(self.config, "run_dir")))
+
+    def instantiate_classes(self) -> None:
+        """Build everything, and refuse what a run that is to be repeated cannot have."""
+        super().instantiate_classes()
+        if self._get(self.config, "trainer")["deterministic"]:
+            check_repeatable(self.datamodule.streaming, self.datamodule.selection)
 
     def _resumed_from(self) -> str | None:
         """Path of the checkpoint that ``fit`` goes on from: ``ckpt_path``, or the newest of a job that was requeued."""
