@@ -132,3 +132,19 @@ def test_shared_prompts_are_measured_by_shape(
     found = last_line("step", arguments, monkeypatch, capsys)
     assert set(found) == {"shared_prompt_speedup", "shared_prompt_speedups"}
     assert list(found["shared_prompt_speedups"]) == ["16 + 2 x 4", "8 + 2 x 40"]
+
+
+@pytest.mark.slow
+def test_a_long_run_is_watched_to_its_end(
+    tiny_policy_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    found = last_line("long_run", ["--steps", "100", "--tokenizer", tiny_policy_dir], monkeypatch, capsys)
+    assert set(found) >= {"steps", "memory_growth", "files_growth", "threads_growth", "time_growth"}
+    assert found["steps"] == 100
+    assert found["threads_growth"] == 0
+
+
+def test_growth_leaves_out_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = load("long_run", monkeypatch).growth
+    assert growth([1.0, 9.0, *[100.0] * 2, *[120.0] * 4, *[110.0] * 2]) == pytest.approx(0.1)
+    assert growth([5.0] * 100) == 0

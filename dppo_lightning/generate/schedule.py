@@ -96,6 +96,29 @@ class Selection:
             )
 
 
+def check_repeatable(streaming: Streaming, selection: Selection) -> None:
+    """Refuse what depends on how fast the engine and the machine are, and so differs from run to run.
+
+    Raises:
+        ConfigError: Generation runs ahead of training, or which groups are trained on depends on when they arrive.
+    """
+    if selection.oversampling > 0:
+        raise ConfigError(
+            "--deterministic: data.selection.oversampling takes the groups that are complete first, which differ from "
+            f"run to run: set it to 0, got {selection.oversampling}"
+        )
+    if streaming.late == "drop":
+        raise ConfigError(
+            '--deterministic: data.streaming.late "drop" leaves out what arrives late, which differs from run to run: '
+            'set it to "wait"'
+        )
+    if streaming.max_staleness > 0:
+        raise ConfigError(
+            "--deterministic: with data.streaming.max_staleness above 0 the weights that sample a token depend on when "
+            f"it is sampled: set it to 0, got {streaming.max_staleness}"
+        )
+
+
 @dataclass(frozen=True)
 class Window:
     """One rollout: its first optimizer step, how many steps are taken on it, and the prompts that it needs."""

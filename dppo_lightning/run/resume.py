@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "data.heldout_samples",
     "data.parity_tolerance",
     "data.rewarding.*",
+    "deterministic",
     "profile",
 )
 """Settings that a run may change when it goes on."""
