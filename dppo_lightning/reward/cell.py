@@ -17,8 +17,10 @@ import os
 import pickle
 import select
 import signal
+import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -41,8 +43,16 @@ TICK = 0.02
 
 
 def main() -> None:
-    """Serve deliveries until the input ends."""
-    trainer = os.getppid()
+    """Serve deliveries until the input ends; the folder is the second argument."""
+    folder = sys.argv[2]
+    try:
+        guard(folder, os.getppid())
+    finally:
+        cleaning.remove(folder)
+
+
+def guard(folder: str, trainer: int) -> None:
+    """Start a keeper, and wait for its end or the trainer's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     commands, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.dup(1)
     with open("/dev/null", "r+b", buffering=0) as nothing:  # a reward may print and read
@@ -53,17 +63,21 @@ def main() -> None:
         return
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out: this, and not the trainer
-    folder = tempfile.mkdtemp(prefix="dppo-reward-")
     user = confine.another_user(confine.needed_paths())
     spaces, new_user = confine.enter_namespaces()
     if new_user:  # which knows no user but this
         user = confine.User(None, missing="another user")
     keeper = os.fork()
     if keeper == 0:
-        confine.die_with_parent()
-        cell = Cell(Limits(**first[0]), folder, user, spaces, commands, answers)
-        cell.serve(first[1])
-        os._exit(0)
+        try:
+            confine.die_with_parent()
+            Cell(Limits(**first[0]), folder, user, spaces, commands, answers).serve(first[1])
+        except BrokenPipeError:
+            pass  # the trainer has ended
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(answers)
     commands.close()
     signal.signal(signal.SIGTERM, lambda *_: os.kill(keeper, signal.SIGKILL))
@@ -72,7 +86,6 @@ def main() -> None:
         if os.getppid() != trainer:  # it has ended, and something else holds its end of the pipe
             os.kill(keeper, signal.SIGKILL)
         signal.sigtimedwait([signal.SIGCHLD], 0.5)
-    cleaning.remove(folder)
 
 
 @dataclass
@@ -143,7 +156,7 @@ class Cell:
             return send(self.answers, {"error": one_line(error, typed=True) if str(error) else type(error).__name__})
         gc.collect()
         gc.freeze()  # else each scorer's first collection copies every page
-        send(self.answers, {"missing": missing, "folder": self.folder})
+        send(self.answers, {"missing": missing})
         while (delivery := read_delivery(self.commands)) is not None:
             header, units = delivery
             self.longest = header["longest"]

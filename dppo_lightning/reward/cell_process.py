@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ START_LIMIT = 600.0
 
 SLACK = 60.0
 """Seconds beyond all time limits of a delivery after which its worker itself is taken for dead."""
+
+STARTS = 3
+"""Tries to start a worker that ends before it is there: someone may have killed it, or memory was short."""
 
 END_LIMIT = 2.0
 """Seconds that a worker may take to end."""
@@ -98,10 +102,10 @@ class CellProcess:
     def close(self) -> None:
         """End the process, with all that it has started."""
         self.stop()
-        with self._asking:
+        with self._asking:  # who closes it a second time waits for the end, too
             process, self.process = self.process, None
-        if process is not None:
-            self._end(process, END_LIMIT)
+            if process is not None:
+                self._end(process, END_LIMIT)
 
     def _end(self, process: subprocess.Popen[bytes], patience: float) -> None:
         """Wait so many seconds for a worker that was told to end, then kill it."""
@@ -138,18 +142,29 @@ class CellProcess:
         return [read_outcome(line, count, not together) for line, count in zip(lines, counts, strict=True)]
 
     def _started(self) -> subprocess.Popen[bytes]:
+        """Start a worker, again where it is killed meanwhile."""
+        for left in reversed(range(STARTS)):
+            try:
+                return self._start()
+            except (OSError, EOFError) as error:
+                self._replace(error)
+                if left == 0:
+                    raise RewardError(f"a worker process for {self.name} did not start: {one_line(error)}") from error
+        raise AssertionError
+
+    def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise Closed
         environment = {name: os.environ[name] for name in KEPT if name in os.environ} | ENVIRONMENT
-        process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, json.dumps([path or os.getcwd() for path in sys.path])],
+        self.folder = tempfile.mkdtemp(prefix="dppo-reward-")
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-c", BOOT, json.dumps([path or os.getcwd() for path in sys.path]), self.folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             env=environment,
             start_new_session=True,  # Ctrl-C is the trainer's
         )
-        self.process = process
         assert process.stdin is not None
         if self._closed:
             process.terminate()
@@ -158,19 +173,13 @@ class CellProcess:
             "memory": self.settings.memory_mib << 20,
             "concurrency": self.settings.concurrency,
         }
-        try:
-            send(process.stdin.fileno(), limits, self.pickled)
-            hello, _ = self._receive(process, START_LIMIT)
-        except (OSError, EOFError) as error:
-            if self._closed:
-                raise Closed from error
-            raise RewardError(f"a worker process for {self.name} did not start: {one_line(error)}") from error
+        send(process.stdin.fileno(), limits, self.pickled)
+        hello, _ = self._receive(process, START_LIMIT)
         if "error" in hello:
             raise RewardError(
                 f"{self.name} cannot be loaded in a worker process, {hello['error']}: define it in a module that can "
                 "be imported, or trust it with data.rewarding.isolation: none"
             )
-        self.folder = hello["folder"]
         self.tell(hello["missing"])
         return process
 

@@ -18,12 +18,12 @@ from dppo_lightning.base.errors import ConfigError, RewardError
 from dppo_lightning.base.records import Failure
 from dppo_lightning.reward import ExactMatch, PythonReward, RewardFunction, Sample, Score, WeightedSum, cell_process
 from dppo_lightning.reward.calling import Outcome
-from dppo_lightning.reward.cell_process import CellProcess
+from dppo_lightning.reward.cell_process import CellProcess, Closed
 from dppo_lightning.reward.pool import RewardPool
 from dppo_lightning.reward.rewarding import Rewarding
 from tests.helpers.hostile import SECRET, attacks
 from tests.helpers.places import ROOT
-from tests.helpers.processes import children, kill, running, take_signals, wait_until_gone
+from tests.helpers.processes import PATIENCE, children, kill, running, take_signals, wait_until, wait_until_gone
 
 WEAK = """
 import sys, json
@@ -55,6 +55,10 @@ def start(pools: list[RewardPool], reward: RewardFunction, **settings: object) -
 
 def ask(caller: CellProcess, *completions: str, together: bool = True, answer: str | None = None) -> list[Outcome]:
     return caller.score([[Sample("?", completion, answer)] for completion in completions], together)
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def value(outcome: Outcome) -> float:
@@ -205,6 +209,51 @@ def test_ctrl_c_does_not_reach_the_workers(trainer: subprocess.Popen[str]) -> No
     assert answer(trainer)[0] == "1.0"
     assert children(trainer.pid) == workers
     assert all(map(running, workers))
+
+
+def test_the_end_waits_for_no_completion(pools: list[RewardPool]) -> None:
+    caller = start(pools, PythonReward("tests.helpers.hostile.obey"))
+    assert value(ask(caller, "value = 1.0")[0]) == 1
+    assert caller.process is not None
+    mine = {caller.process.pid} | children(caller.process.pid)
+    errors: list[type] = []
+
+    def hang() -> None:
+        try:
+            ask(caller, "while True: pass")
+        except Closed as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    pools[0].close()
+    thread.join(PATIENCE)
+    assert errors == [Closed]
+    assert not any(map(running, mine))
+
+
+def test_a_trainer_that_is_killed_while_a_worker_starts_leaves_nothing(tmp_path: Path) -> None:
+    """Its worker is stopped in the middle of loading the reward."""
+    (tmp_path / "slow_to_load.py").write_text("import time\ntime.sleep(600)\ndef f(samples): return [0.0]\n")
+    program = TRAINER.replace("ExactMatch()", "Loads()").replace(
+        "\nsignal.signal",
+        "\nclass Loads(ExactMatch):\n    def __reduce__(self): return __import__, ('slow_to_load',)\nsignal.signal",
+        1,
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdin is not None
+        trainer.stdin.write("\n")
+        trainer.stdin.flush()
+        wait_until(lambda: len(children(trainer.pid)) >= 2)
+        workers = children(trainer.pid)
+        folders = {word for pid in workers for word in command_line(pid) if "dppo-reward-" in word}
+        trainer.kill()
+    wait_until_gone(*workers)
+    assert folders
+    assert not any(map(os.path.exists, folders))
 
 
 class Slow(RewardFunction):

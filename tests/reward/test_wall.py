@@ -37,7 +37,7 @@ from tests.helpers.hostile import SECRET, attacks
 from tests.helpers.models import END
 from tests.helpers.processes import children, wait_until
 from tests.helpers.streams import give_weights, make_stream, numbered_prompts
-from tests.reward.cases import gym_sample
+from tests.reward.cases import CASES, Case, gym_sample
 
 
 @dataclass
@@ -249,6 +249,18 @@ def test_a_computation_without_end_costs_its_time_limit_and_nobody_else(
     assert isinstance(outcomes[1], Failure)
     assert outcomes[1].kind in ("timeout", "memory")
     assert [not isinstance(o, Failure) and o[0].value for o in outcomes] == [1, False, 1, 0]
+
+
+BEHIND = ("exact-case", "regex-compare", "math", "python", "gym-extract", "code", "sum")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in BEHIND], ids=lambda case: case.name)
+def test_scores_are_the_same_behind_the_wall(case: Case) -> None:
+    with worker(case.reward, LONG) as caller:
+        for together in (True, False):
+            assert caller.score([[sample] for sample in case.samples], together) == [
+                case.reward([sample]) for sample in case.samples
+            ]
 
 
 SAYINGS = ("value = 0.5", "exit()", "import os; os._exit(0)", "import os; os.system('echo x > {file}'); value = 1.0")
