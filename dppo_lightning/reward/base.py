@@ -84,6 +84,9 @@ class RewardFunction(ABC):
         """
         return False
 
+    def prepare(self) -> None:  # noqa: B027  # few rewards need it
+        """Import and build what scoring needs; called in a worker before it forks the processes that score."""
+
     @property
     def label(self) -> str:
         """Name in messages."""

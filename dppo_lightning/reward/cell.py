@@ -152,6 +152,7 @@ class Cell:
         os.environ["TMPDIR"] = os.environ["HOME"] = tempfile.tempdir = self.folder
         try:
             self.reward = pickle.loads(reward)
+            self.reward.prepare()
         except BaseException as error:
             return send(self.answers, {"error": one_line(error, typed=True) if str(error) else type(error).__name__})
         gc.collect()

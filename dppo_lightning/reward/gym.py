@@ -55,6 +55,9 @@ class ReasoningGymReward(RewardFunction):
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         return [self._score(sample) for sample in samples]
 
+    def prepare(self) -> None:
+        require("reasoning_gym")
+
     def runs(self, prompt: Prompt) -> bool:
         task = prompt.columns.get("task")
         return isinstance(task, str) and self._scorer(task) is not None and evaluates(task)

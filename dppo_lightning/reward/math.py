@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ class MathReward(RewardFunction):
 
     def __init__(self) -> None:
         require("math_verify")
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we keep the time limits
+
+    def prepare(self) -> None:
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        self._equal(self._parse("$1$"), self._parse("$2$"))  # its parser builds tables when it is first used
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         answers = [reference_answer(sample, "MathReward") for sample in samples]

@@ -47,6 +47,10 @@ class WeightedSum(RewardFunction):
     def asynchronous(self) -> bool:
         return any(reward.asynchronous for reward in self.rewards)
 
+    def prepare(self) -> None:
+        for reward in self.rewards:
+            reward.prepare()
+
     def runs(self, prompt: Prompt) -> bool:
         return any(reward.runs(prompt) for reward in self.rewards)
 

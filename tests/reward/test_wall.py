@@ -204,7 +204,8 @@ def test_no_attack_gets_through_code_under_test(place: Place) -> None:
     """A program that attacks passes no test, and one that does not is tested beside it."""
     programs = attacks(place.folder / "file", place.port)
     tests = {"tests": [{"input": "", "output": "right"}]}
-    names = [name for name, (_, kinds) in programs.items() if "timeout" not in kinds]
+    lasting = [name for name, (_, kinds) in programs.items() if "timeout" in kinds or name == "start threads"]
+    names = [name for name in programs if name not in lasting]
     honest = Sample("?", "print('right')", None, tests)
     samples = [s for name in names for s in (Sample("?", programs[name][0], None, tests), honest)]
     with worker(CodeReward(test_timeout=20), LONG) as caller:
@@ -212,7 +213,7 @@ def test_no_attack_gets_through_code_under_test(place: Place) -> None:
     for name, outcome in zip(names, outcomes[::2], strict=True):
         assert isinstance(outcome, Failure) or outcome[0].value == 0, (name, outcome)
     assert [not isinstance(o, Failure) and o[0].value for o in outcomes[1::2]] == [1] * len(names)
-    endless = [Sample("?", programs[name][0], None, tests) for name in programs if name not in names]
+    endless = [Sample("?", programs[name][0], None, tests) for name in lasting]
     with worker(CodeReward(test_timeout=0.3), LONG) as caller:
         for outcome in caller.score([[sample] for sample in endless], together=False):
             assert isinstance(outcome, Failure) or outcome[0].value == 0
