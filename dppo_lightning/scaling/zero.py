@@ -207,7 +207,14 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
     def gradient_is_finite(self, norm: float) -> bool:
         """Whether what DeepSpeed has kept of the gradient is finite; ``norm`` says nothing here."""
-        return not self.deepspeed_engine.optimizer.has_overflow(partition_gradients=True)
+        optimizer = self.deepspeed_engine.optimizer
+        if flat := self._flat_gradients():
+            return all(bool(gradient.isfinite().all()) for gradient in flat)
+        return not optimizer.has_overflow(partition_gradients=True)
+
+    def _flat_gradients(self) -> list[Tensor]:
+        """Gradients that DeepSpeed's optimizer for stage 1 in bfloat16 keeps; nothing of its other ones."""
+        return getattr(self.deepspeed_engine.optimizer, "fp32_groups_gradients_flat", [])
 
     def gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         import deepspeed
@@ -217,6 +224,10 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
     def discard_step(self) -> None:
         """Make the step that follows one that DeepSpeed lets go of, as it does when float16 overflows."""
         optimizer = self.deepspeed_engine.optimizer
+        if flat := self._flat_gradients():  # this one looks at the norm alone, and then clears them
+            for gradient in flat:
+                gradient.fill_(float("nan"))
+            return
         # Internal to deepspeed, which looks for an overflow in these places, and has none to be told of one. Without
         # this a step is refused only where the gradient is at fault, and not where the loss or the weights are.
         place = "_overflow_check_and_loss_scale_update" if self.zero_stage_3 else "check_overflow"

@@ -77,7 +77,7 @@ def test_ctrl_c_ends_a_run_with_its_record_written_and_no_process_left(
     assert run.returncode == 130
     assert (tmp_path / "run" / "metrics.csv").exists()
     assert (tmp_path / "run" / "curves.png").exists()
-    assert "go on with: dppo fit --resume run" in (tmp_path / "output").read_text()
+    assert "go on with: dppo fit --resume " in (tmp_path / "output").read_text()
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 

@@ -14,6 +14,7 @@ from dppo_lightning.run.cli import main
 from dppo_lightning.train.hooks import RunCallback
 from tests.helpers.killing import assert_equal, in_a_process, what_it_made
 from tests.helpers.recipes import changed, recipe, run
+from tests.helpers.rewards import score_at_once
 from tests.helpers.short_runs import shortened
 
 STEPS = 6
@@ -82,6 +83,14 @@ class Break(RunCallback):
             raise Stopped("broken off", 1)
 
 
+class ScoreAtOnce(RunCallback):
+    """No process decides when a score is there: generation ahead goes on for just as long in every run."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        score_at_once(trainer.datamodule.stream)
+
+
+AT_ONCE = {"class_path": f"{__name__}.ScoreAtOnce"}
 CURRICULUM = {"class_path": "dppo_lightning.prompts.sampler.PassRateCurriculum"}
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 LORA = {"class_path": "dppo_lightning.train.lora.LoRA", "init_args": {"rank": 4}}
@@ -109,15 +118,15 @@ def test_two_halves_are_the_whole(
     for name in ("whole", "halves"):
         folder = tmp_path / name
         folder.mkdir()
-        config = settings(folder, tiny_policy_dir, **changes)
+        config = settings(folder, tiny_policy_dir, data__rewarding={"isolation": "none"}, **changes)
         if name == "halves":
-            breaks = [{"class_path": f"{__name__}.Break", "init_args": {"after": 5}}]
+            breaks = [AT_ONCE, {"class_path": f"{__name__}.Break", "init_args": {"after": 5}}]
             with pytest.raises(SystemExit):
                 run("fit", changed(config, trainer__callbacks=breaks), folder)
             with shortened():
-                main(["fit", "--resume", str(folder / "run"), "--trainer.callbacks=null"])
+                main(["fit", "--resume", str(folder / "run"), f"--trainer.callbacks={json.dumps([AT_ONCE])}"])
             assert "the run goes on from" in capsys.readouterr().out
         else:
-            run("fit", config, folder)
+            run("fit", changed(config, trainer__callbacks=[AT_ONCE]), folder)
         made[name] = what_it_made(folder / "run")
     assert_equal(made["halves"], made["whole"])

@@ -91,12 +91,12 @@ def test_a_key_on_the_command_line_is_not_recorded(tiny_policy_dir: str, tmp_pat
     assert "canary" not in run.stdout + run.stderr
     assert "a secret on the command line is seen by all on this machine" in run.stdout
     assert canaries_in(tmp_path / "run") == []
-    command = json.loads((tmp_path / "run" / "run.json").read_text())["command"]
+    command = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"][0]["command"]
     assert command[-1] == "--data.reward.init_args.api_key=***"
 
 
 def test_an_error_does_not_say_a_key(tiny_policy_dir: str, tmp_path: Path) -> None:
-    run = start(tmp_path, tiny_policy_dir, "--data.reward.init_args.fails=true")
+    run = start(tmp_path, tiny_policy_dir, "--data.reward.init_args.fails=true", "--data.rewarding.isolation=none")
     assert run.returncode != 0
     assert "401 for the key *** and ***" in run.stderr
     assert "canary" not in run.stdout + run.stderr

@@ -80,6 +80,8 @@ def shrunken(file: str, folder: Path) -> dict[str, Any]:
         for part, rows in (("train", questions[:12]), ("heldout", questions[12:])):
             parquet.write_table(Table.from_pylist(rows), folder / f"{part}.parquet")
         small = {"train": "train.parquet", "heldout": "heldout.parquet"}
+    elif prompts["class_path"].endswith("HumanEvalPrompts"):
+        small = {"heldout": 4}
     else:
         small = {"train": 12, "heldout": 4}
     ranks = 2 if "strategy" in (piece.get("trainer") or recipe["trainer"]) else 1
