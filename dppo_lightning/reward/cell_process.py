@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from dppo_lightning.base.errors import RewardError, one_line
@@ -166,6 +168,8 @@ class CellProcess:
             start_new_session=True,  # Ctrl-C is the trainer's
         )
         assert process.stdin is not None
+        with suppress(OSError):  # a delivery fits in, and neither side waits for the other in the middle of it
+            fcntl.fcntl(process.stdin.fileno(), fcntl.F_SETPIPE_SZ, 1 << 20)
         if self._closed:
             process.terminate()
         limits = {

@@ -26,7 +26,7 @@ value = float(any(found))
 """
 KILL = """
 import os
-for pid in (os.getppid(), 1, -1):
+for pid in (os.getppid(), {victim}):
     try:
         os.kill(pid, 9)
     except OSError:
@@ -45,12 +45,15 @@ value = 0.5
 """
 
 
-def attacks(file: Path, port: int) -> dict[str, tuple[str, str]]:
+def attacks(file: Path, port: int, victim: int) -> dict[str, tuple[str, str]]:
     """Programs by name, each with the kinds of failure that may follow; "" where it may be scored, with 0.5.
+
+    On a machine without a wall they harm nobody but the worker and what is named here: no ``kill(-1)``, no fork bomb.
 
     Args:
         file: Path that none may write to; nobody may read it either.
         port: Port on which somebody listens.
+        victim: Process that some try to end.
     """
     path = str(file)
     return {
@@ -73,14 +76,14 @@ def attacks(file: Path, port: int) -> dict[str, tuple[str, str]]:
         "allocate in steps": ("kept = []\nwhile True: kept.append(bytearray(1 << 24))", "memory"),
         "print 1 GB": ("import os\nfor _ in range(1024): os.write(1, bytes(1 << 20))\nvalue = 0.5", ""),
         "fork": ("import os; [os.fork() for _ in range(3)]; value = 0.5", ""),
-        "fork for ever": ("import os\nwhile True: os.fork()", "raised died timeout"),
+        "fork 200 times": ("import os, time\nfor _ in range(200):\n if os.fork() == 0: time.sleep(1000)", "raised"),
         "leave a daemon": (DAEMON.format(file=path), ""),
         "start threads": (
             "import threading\ndef run():\n while True: pass\n"
             "for _ in range(3): threading.Thread(target=run).start()\nvalue = 0.5",
             "",
         ),
-        "kill everybody": (KILL, ""),
+        "kill others": (KILL.format(victim=victim), ""),
         "write a file": (f"open({path!r}, 'w').write('x')", "raised"),
         "write in a shell": (f"import os; os.system('echo x > {path}'); value = 0.5", ""),
         "fill the disk": ("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))", "raised"),

@@ -136,7 +136,7 @@ def test_no_attack_leaves_anything_where_the_machine_permits_nothing(
 ) -> None:
     monkeypatch.setattr(cell_process, "BOOT", WEAK)
     caller = start(pools, PythonReward("tests.helpers.hostile.obey", runs_completions=True), memory_mib=256)
-    programs = attacks(tmp_path / "file", 1)
+    programs = attacks(tmp_path / "file", 1, os.getpid())
     chosen = ("evaluate", "exit", "end the process", "allocate 50 GB", "fork", "leave a daemon", "leave files")
     outcomes = ask(caller, *(programs[name][0] for name in chosen), "value = 0.25", together=False)
     for name, outcome in zip(chosen, outcomes[:-1], strict=True):

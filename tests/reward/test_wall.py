@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,17 +48,21 @@ class Place:
     Attributes:
         folder: Folder that must stay empty.
         server: Socket that nobody may connect to.
+        victim: Process that nobody may end.
     """
 
     folder: Path
     server: socket.socket
+    victim: subprocess.Popen[bytes]
 
     @property
     def port(self) -> int:
         return int(self.server.getsockname()[1])
 
     def untouched(self) -> bool:
-        """Tell whether nobody connected and no file was written."""
+        """Tell whether nobody connected, no file was written and no process ended."""
+        if self.victim.poll() is not None:
+            return False
         self.server.setblocking(False)
         try:
             self.server.accept()
@@ -72,9 +77,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     folder = tmp_path / "canary"
     folder.mkdir()
     folder.chmod(0o777)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield Place(folder, server)
-        assert nothing_left()
+    with socket.create_server(("127.0.0.1", 0)) as server, subprocess.Popen(["sleep", "600"]) as victim:
+        try:
+            yield Place(folder, server, victim)
+            assert nothing_left()
+        finally:
+            victim.kill()
 
 
 def nothing_left() -> bool:
@@ -112,7 +120,7 @@ OBEDIENT = PythonReward("tests.helpers.hostile.obey", runs_completions=True)
 
 def test_no_attack_gets_through_a_reward_that_runs_completions(place: Place) -> None:
     """Each program is scored as if the others had not been there, and the harmless ones among them get their score."""
-    programs = attacks(place.folder / "file", place.port)
+    programs = attacks(place.folder / "file", place.port, place.victim.pid)
     harmless = Sample("?", "value = 0.5")
     for timeout in (SHORT, LONG):
         mine = {name: each for name, each in programs.items() if ("timeout" in each[1]) is (timeout == SHORT)}
@@ -202,7 +210,7 @@ def test_no_attack_gets_through_the_scorer_of_any_task(place: Place) -> None:
 
 def test_no_attack_gets_through_code_under_test(place: Place) -> None:
     """A program that attacks passes no test, and one that does not is tested beside it."""
-    programs = attacks(place.folder / "file", place.port)
+    programs = attacks(place.folder / "file", place.port, place.victim.pid)
     tests = {"tests": [{"input": "", "output": "right"}]}
     lasting = [name for name, (_, kinds) in programs.items() if "timeout" in kinds or name == "start threads"]
     names = [name for name in programs if name not in lasting]
@@ -309,5 +317,5 @@ def test_the_tests_own_place_would_notice(place: Place) -> None:
     (place.folder / "file").write_text("x")
     assert not place.untouched()
     names: dict[str, float] = {}
-    exec(attacks(place.folder, place.port)["read the environment"][0], names)
+    exec(attacks(place.folder, place.port, place.victim.pid)["read the environment"][0], names)
     assert names["value"] == 1.0
