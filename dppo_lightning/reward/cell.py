@@ -126,7 +126,7 @@ class Cell:
         self.spaces = spaces
         self.commands = commands
         self.answers = answers
-        self.alone = "own process ids" in spaces
+        self.alone = "own process ids" in spaces and os.getpid() == 1  # else a signal to all would be one to all
         self.scratch = False
         self.longest = 1  # completions of one unit
         self.delivery = os.memfd_create("delivery")
