@@ -245,7 +245,7 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
     @property
     def step_was_dropped(self) -> bool:
-        """Whether DeepSpeed let go of the last step: it does so where the norm of the gradient is not finite."""
+        """Whether DeepSpeed let go of the last step, as it does where the gradient's norm is not finite."""
         return not self.deepspeed_engine.was_step_applied()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
