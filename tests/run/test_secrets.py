@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
+from dppo_lightning.generate.vllm.server import hold_port
 from dppo_lightning.reward.base import Sample
 from tests.helpers.places import ROOT
 from tests.helpers.processes import children
@@ -61,10 +62,12 @@ def start(folder: Path, policy: str, *options: str, **changes: Any) -> subproces
     config = changed(recipe(folder, policy), **settings | changes)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "dppo_lightning", "fit", "--config", str(folder / "recipe.yaml"), *options]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=folder / "work", env=environment, text=True, capture_output=True, timeout=300, check=False
-    )
+    with hold_port() as port:  # where ranks meet; Lightning would take one that is free at the moment
+        environment = os.environ | ENVIRONMENT
+        environment |= {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(port.getsockname()[1])}
+        return subprocess.run(
+            command, cwd=folder / "work", env=environment, text=True, capture_output=True, timeout=240, check=False
+        )
 
 
 def canaries_in(place: Path) -> list[str]:

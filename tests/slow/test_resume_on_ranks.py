@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from dppo_lightning.generate.vllm.server import hold_port
 from dppo_lightning.run.checkpoint_files import read_weights
 from dppo_lightning.train.hooks import RunCallback
 from tests.helpers.killing import LOGS, metric_rows
@@ -33,9 +34,11 @@ class KillAllRanks(RunCallback):
 
 
 def dppo(folder: Path, *words: str) -> tuple[int, str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "dppo_lightning", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    with hold_port() as port:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_PORT": str(port.getsockname()[1])}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     return done.returncode, done.stdout + done.stderr
 
 
