@@ -207,10 +207,9 @@ class ZeroStrategy(ShardingStrategy, DeepSpeedStrategy):
 
     def gradient_is_finite(self, norm: float) -> bool:
         """Whether what DeepSpeed has kept of the gradient is finite; ``norm`` says nothing here."""
-        optimizer = self.deepspeed_engine.optimizer
         if flat := self._flat_gradients():
             return all(bool(gradient.isfinite().all()) for gradient in flat)
-        return not optimizer.has_overflow(partition_gradients=True)
+        return not self.deepspeed_engine.optimizer.has_overflow(partition_gradients=True)
 
     def _flat_gradients(self) -> list[Tensor]:
         """Gradients that DeepSpeed's optimizer for stage 1 in bfloat16 keeps; nothing of its other ones."""
