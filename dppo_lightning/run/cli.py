@@ -86,6 +86,7 @@ class DPPOCommandLine(LightningCLI):
             named, rest = split_resume(args[1:])
             self.resumed = None if named is None else RunDirectory(named)
             args = ["fit", *(rest if self.resumed is None else words_of_resume(self.resumed, rest))]
+        self.goes_on = self.resumed is not None or started_again(os.environ)
         self.claimed: RunDirectory | None = None
         try:
             self._run(args)
@@ -93,8 +94,9 @@ class DPPOCommandLine(LightningCLI):
             self.stop.forget()
             os.environ.pop(RUN_DIR, None)
             if self.claimed is not None and is_rank_zero():
-                # what fails before its first completion leaves nothing, so that the next try is not refused
-                self.claimed.discard_unless_begun()
+                if not self.goes_on:
+                    # what fails before its first completion leaves nothing, so that the next try is not refused
+                    self.claimed.discard_unless_begun()
                 self.claimed.release()
 
     def _run(self, args: list[str]) -> None:
@@ -165,8 +167,7 @@ class DPPOCommandLine(LightningCLI):
             settings = self._parser("fit").dump(self.config["fit"], skip_none=False, skip_validation=True)
             for line in check_changes(read_settings(self.resumed.path / "config.yaml"), yaml.safe_load(settings)):
                 log.info(f"changed: {line}")
-        goes_on = self.resumed is not None or started_again(os.environ)
-        self.claimed, checkpoint = claim(named, self._get(self.config, "ckpt_path"), goes_on)
+        self.claimed, checkpoint = claim(named, self._get(self.config, "ckpt_path"), self.goes_on)
         self._record_in(str(self.claimed.path), None if checkpoint is None else str(checkpoint))
 
     def _look_up(self) -> None:

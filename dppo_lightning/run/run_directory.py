@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from dppo_lightning.base.errors import ConfigError, DataError, one_line
 from dppo_lightning.run.metrics_file import METRICS, cut_rows
-from dppo_lightning.run.whole_files import UNFINISHED, remove, sync, write_text
+from dppo_lightning.run.whole_files import UNFINISHED, remove, sync, unfinished_of, write_text
 
 CHECKPOINTS = "checkpoints"
 """Name of the folder of checkpoints in a run directory."""
@@ -33,8 +33,8 @@ LOGS = ("*.jsonl", "timeline.json", "tensorboard/**/*")
 """Patterns of the files that only grow."""
 FORMAT = 1
 """Number of the format of a note, and so of a checkpoint: a newer one is refused."""
-KEPT = (".lock", "before", "logs")
-"""What ``set_aside`` leaves in its place."""
+KEPT = (".lock", "before", "logs", "config.yaml")
+"""What ``set_aside`` leaves in its place: without its settings a run could not be gone on with once more."""
 _STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -136,7 +136,7 @@ class RunDirectory:
         note = {"format": FORMAT, "step": step, "logs": self._log_lengths()} | values
         write_text(_note_of(self.checkpoint_of(step)), json.dumps(note, indent=1) + "\n")
 
-    def cut_back(self, checkpoint: Path | None) -> None:
+    def cut_back(self, checkpoint: Path) -> None:
         """Cut every log back to where it was when the checkpoint was written; remove checkpoints of later steps.
 
         A log is a file that only grows; ``metrics.csv`` is written anew when a metric appears, so its rows are counted.
@@ -144,8 +144,6 @@ class RunDirectory:
         Raises:
             DataError: A log has lost lines since.
         """
-        if checkpoint is None:
-            return
         note = self.note(checkpoint)
         if "logs" not in note:
             raise DataError(f"{_note_of(checkpoint)} is missing or damaged: it says how long the logs were")
@@ -176,7 +174,7 @@ class RunDirectory:
     def point(self, name: str, checkpoint: Path) -> None:
         """Make ``last.ckpt`` or ``best.ckpt`` a link to a checkpoint; at no moment is it missing."""
         link = self.checkpoints / name
-        fresh = link.with_name(UNFINISHED + name)
+        fresh = unfinished_of(link)
         remove(fresh)
         fresh.symlink_to(checkpoint.name)
         os.replace(fresh, link)

@@ -16,6 +16,11 @@ TORCH_CANNOT_WRITE = ("inline_container", "iostream", "PytorchStreamWriter")
 """Words in the RuntimeErrors that torch raises where a file cannot be written."""
 
 
+def unfinished_of(path: Path) -> Path:
+    """Path to write to, in the same folder, until what is to be ``path`` is whole."""
+    return path.with_name(UNFINISHED + path.name)
+
+
 @contextmanager
 def reporting(path: Path) -> Iterator[None]:
     """Say in one line that ``path`` cannot be written, where the disk is to blame, and remove what is unfinished.
@@ -26,8 +31,7 @@ def reporting(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        unfinished = path.with_name(UNFINISHED + path.name)
-        remove(unfinished)
+        remove(unfinished_of(path))
         fault = _fault_of_the_disk(error)
         if fault is None:
             raise
@@ -38,7 +42,7 @@ def reporting(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, whole or not at all."""
-    unfinished = path.with_name(UNFINISHED + path.name)
+    unfinished = unfinished_of(path)
     with reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")

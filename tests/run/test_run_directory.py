@@ -120,6 +120,19 @@ def test_logs_are_cut_back_and_later_checkpoints_removed(mine: RunDirectory) -> 
     assert not (mine.checkpoints / LAST).is_symlink()
 
 
+def test_a_run_that_is_killed_twice_before_its_first_checkpoint_is_gone_on_with_once_more(
+    mine: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second time even before it has written its settings; and a session that fails leaves them, too."""
+    shutil.rmtree(mine.checkpoints)
+    assert mine.set_aside() == mine.path / "before" / "0"
+    words = ["fit", "--resume", str(mine.path), "--trainer.max_steps=1"]
+    printed_error(capsys, main, [*words, "--data.engine=TransformersEngine", "--data.engine.device=none"])
+    with shortened():
+        main(words)
+    assert mine.newest() == mine.checkpoint_of(1)
+
+
 def test_a_log_that_has_lost_lines_is_not_gone_on_from(mine: RunDirectory) -> None:
     (mine.path / "heldout.jsonl").write_text("")
     with pytest.raises(DataError, match=r"heldout.jsonl has lost lines since step=2.ckpt was written: it has 0 bytes"):

@@ -19,7 +19,7 @@ from dppo_lightning.base.records import Group
 from dppo_lightning.run.checkpoint_files import CheckpointFiles
 from dppo_lightning.run.metrics_file import MetricsFile
 from dppo_lightning.run.run_directory import BEST, LAST, RunDirectory
-from dppo_lightning.run.whole_files import UNFINISHED, bring_to_disk, remove, replace, reporting
+from dppo_lightning.run.whole_files import bring_to_disk, remove, replace, reporting, unfinished_of
 from dppo_lightning.scaling.ranks import Ranks
 from dppo_lightning.scaling.resume import apply_optimizer_settings, optimizer_settings
 from dppo_lightning.train.datamodule import RolloutDataModule
@@ -137,15 +137,15 @@ class Checkpoint(RunCallback, pl.callbacks.Checkpoint):
             ConfigError: Something in it could not be loaded again without running code.
         """
         data, step = data_of(trainer), trainer.global_step
-        if settle:
-            data.settle()
-        ranks = data.ranks
-        assert ranks is not None
         run = RunDirectory(trainer.default_root_dir)
         path = run.checkpoint_of(step)
         if step == self._step and path.exists():
             return path
-        unfinished = path.with_name(UNFINISHED + path.name)
+        if settle:
+            data.settle()
+        ranks = data.ranks
+        assert ranks is not None
+        unfinished = unfinished_of(path)
         with ranks.together(), reporting(path):
             if ranks.is_controller:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +155,10 @@ class Checkpoint(RunCallback, pl.callbacks.Checkpoint):
         with ranks.together(), reporting(path):
             if ranks.is_controller:
                 bring_to_disk(unfinished)
-                run.write_note(step, self._note(trainer))
+                note = self._note(trainer)
+                run.write_note(step, note)
                 replace(unfinished, path)
-                self._link(trainer, run, path)
+                self._link(run, path, note["score"])
         self._step, self._saved_at, self._evaluated = step, self.clock(), False
         return path
 
@@ -176,10 +177,9 @@ class Checkpoint(RunCallback, pl.callbacks.Checkpoint):
             "score": None if score is None else float(score),
         }
 
-    def _link(self, trainer: pl.Trainer, run: RunDirectory, path: Path) -> None:
+    def _link(self, run: RunDirectory, path: Path, score: float | None) -> None:
         """Point to the new checkpoint, and remove those that nothing keeps."""
         run.point(LAST, path)
-        score = run.note(path).get("score")
         if self.best is not None and score is not None:
             before = run.note(run.checkpoints / BEST).get("score")
             sign = 1 if self.mode == "max" else -1
