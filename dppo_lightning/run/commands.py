@@ -7,6 +7,7 @@ and a function that runs it; ``dppo doctor`` has a folder of its own, run/doctor
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,6 @@ from dppo_lightning.run.export import export
 from dppo_lightning.run.parsing import OneLineParser, underscored
 from dppo_lightning.run.prepare import prepare
 from dppo_lightning.run.slurm.script import Job, submit
-from dppo_lightning.run.whole_files import write_text
 from dppo_lightning.train.datamodule import RolloutDataModule
 from dppo_lightning.train.module import DPPOModule
 
@@ -68,7 +68,10 @@ class GeneratingTrainer(pl.Trainer):
             raise ConfigError(
                 "there are no held-out prompts to complete: set --prompts, or hold some out in data.prompts"
             )
-        write_text(target, "".join(json.dumps(record) + "\n" for record in records))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(target.name + ".unfinished")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        os.replace(unfinished, target)
         print(f"{len(records)} completions in {output}", flush=True)
 
 
